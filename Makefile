@@ -1,0 +1,35 @@
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint style clean
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# Nothing below talks to the Hub.
+export HF_HUB_OFFLINE ?= 1
+
+help:            ## List the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
+
+# Made again when the dependencies change.
+$(STAMP): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, save and load: about 3 minutes
+	$(VENV)/bin/python examples/quickstart.py
+
+test: $(STAMP)   ## Run the tests
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)   ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+style: $(STAMP)  ## Apply the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:           ## Remove what the other targets made
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

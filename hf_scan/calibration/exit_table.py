@@ -1,0 +1,124 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Every exit's logits on a split, computed once, from which thresholds are searched without the network."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from ..adaptive import ExitConfig, confidence_of
+
+
+if TYPE_CHECKING:
+    from ..modeling_scan import ScanForImageClassification
+
+
+@dataclass
+class ExitTable:
+    """
+    What every exit answers on a split.
+
+    Args:
+        logits (`np.ndarray` of shape `(n, num_exits, num_labels)`): From shallow to deep, float32.
+        labels (`np.ndarray` of shape `(n,)`): The true class indices.
+        split (`str`): The split's name.
+        fingerprint (`str`): SHA-256 of the images and labels, in their order.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    split: str
+    fingerprint: str
+
+    def columns(self, exit_config: ExitConfig) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The answers a sample can get, as [`exit_columns`] numbers them.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: confidences, and whether the answer is right, both `(n, num_exits + 1)`.
+        """
+        exit_logits = torch.from_numpy(self.logits).unbind(dim=1)
+        predictions, confidences = exit_columns(exit_logits, exit_config)
+        return confidences.numpy(), predictions.numpy() == self.labels[:, None]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as one safetensors file."""
+        metadata = {"split": self.split, "fingerprint": self.fingerprint}
+        save_file({"logits": self.logits, "labels": self.labels}, path, metadata={"exit_table": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ExitTable":
+        """Reads a table that [`~ExitTable.save`] wrote."""
+        with safe_open(path, framework="numpy") as file:
+            metadata = json.loads((file.metadata() or {}).get("exit_table", "null"))
+            if metadata is None:
+                raise ValueError(f"{path} is not a table of exit logits; write one with `ExitTable.save`.")
+            return cls(file.get_tensor("logits"), file.get_tensor("labels"), **metadata)
+
+
+def exit_columns(
+    exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run.
+
+    Args:
+        exit_logits (`tuple[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
+        exit_config ([`ExitConfig`]): Says which exits are switched off. Without thresholds, none is.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and confidences, both `(batch_size, num_exits + 1)`.
+    """
+    thresholds = exit_config.thresholds or [0.0] * len(exit_logits)
+    deepest = len(exit_logits) - 1
+    ran = [logits for index, logits in enumerate(exit_logits) if index == deepest or thresholds[index] is not None]
+    answers = torch.stack([*exit_logits, torch.stack(ran).mean(dim=0)], dim=1)
+    return answers.argmax(dim=-1), confidence_of(answers)
+
+
+def collect_exit_logits(
+    model: "ScanForImageClassification", dataset: Any, split: str = "search", batch_size: int = 64
+) -> ExitTable:
+    """
+    Runs every exit on a dataset, with a progress bar.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network, on any device.
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Gives dictionaries of `pixel_values` and `labels`
+            (or `label`), as for the `Trainer`.
+        split (`str`, *optional*, defaults to `"search"`): What the split is called in what is saved.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time.
+
+    Returns:
+        [`ExitTable`]
+
+    Raises:
+        `ValueError`: if the dataset is empty.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
+    digest = hashlib.sha256()
+    logits, labels = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+        for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
+            digest.update(batch["pixel_values"].contiguous().numpy().tobytes())
+            digest.update(batch["labels"].numpy().tobytes())
+            with torch.inference_mode():
+                exit_logits = model(batch["pixel_values"].to(model.device)).exit_logits
+            logits.append(torch.stack(exit_logits, dim=1).float().cpu())
+            labels.append(batch["labels"])
+    finally:
+        model.train(was_training)
+    return ExitTable(torch.cat(logits).numpy(), torch.cat(labels).numpy(), split, digest.hexdigest())

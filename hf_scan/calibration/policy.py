@@ -1,0 +1,51 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What thresholds give on cached scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """
+    Which column answers each sample: the first whose confidence is above its threshold, else the last.
+
+    Args:
+        confidences (`np.ndarray` of shape `(n, columns)`): From shallow to deep; the last column's are not read.
+        thresholds (`np.ndarray` of shape `(..., columns - 1)`): One per column but the last, for any number of
+            policies. `None` and 1.0 let nothing go.
+
+    Returns:
+        `np.ndarray` of shape `(..., n)`: column indices.
+    """
+    limits = np.array([np.inf if t is None else t for t in thresholds]) if isinstance(thresholds, list) else thresholds
+    limits = np.asarray(limits, dtype=np.float64)
+    free = confidences.shape[1] - 1
+    if limits.shape[-1] != free:
+        raise ValueError(f"There are {limits.shape[-1]} thresholds for {free} columns that can be left at.")
+    # From the last exit back to the first: the shallowest that passes has the last word. No array of all exits and
+    # policies is built.
+    answers = np.full((*limits.shape[:-1], len(confidences)), free, dtype=np.int64)
+    for column in reversed(range(free)):
+        answers[confidences[:, column] > limits[..., column, None]] = column
+    return answers
+
+
+def evaluate_policies(
+    confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Accuracy and mean cost of policies on cached scores.
+
+    Args:
+        confidences (`np.ndarray` of shape `(n, columns)`): As for [`answering_column`].
+        correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
+        costs (`np.ndarray` of shape `(columns,)`): What it costs to be answered by each column.
+        thresholds (`np.ndarray` of shape `(policies, columns - 1)`): The policies.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: accuracies in [0, 1] and mean costs, of shape `(policies,)`.
+    """
+    answers = answering_column(confidences, thresholds)
+    accuracy = np.take_along_axis(correct, answers.T, axis=1).mean(axis=0)
+    return accuracy, costs[answers].mean(axis=-1)

@@ -1,0 +1,137 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What the network is: [`ScanConfig`]."""
+
+import inspect
+from dataclasses import field
+from typing import Any, Literal
+
+import timm
+from huggingface_hub.dataclasses import strict
+from timm.models import build_model_with_cfg, is_model
+from transformers import PreTrainedConfig
+
+
+# A configuration is data from a stranger. These arguments of timm would make it download, read a path or unpickle.
+# They are taken from timm's own signatures, so that a release of timm that adds one is covered too.
+REFUSED_BACKBONE_ARGUMENTS = frozenset(
+    name
+    for function in (timm.create_model, build_model_with_cfg)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+) | {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+# Set from other fields of the configuration, or of no use to a network that is run stage by stage.
+OWN_BACKBONE_ARGUMENTS = {
+    "num_classes": "set `num_labels`",
+    "in_chans": "set `num_channels`",
+    "features_only": "leave it out: the exits need the classifier",
+}
+
+
+@strict
+class ScanConfig(PreTrainedConfig):
+    r"""
+    The configuration of a [`ScanForImageClassification`]: a timm backbone, the places where it has early exits, and
+    the kind of exit head that stands there.
+
+    Args:
+        backbone (`str`, *optional*, defaults to `"cifar_resnet18"`):
+            Name of a model in timm's registry, with or without a pretrained tag. Sources such as `hf-hub:` or
+            `local-dir:` are refused: a configuration never makes anything be downloaded or read.
+        backbone_kwargs (`dict[str, Any]`, *optional*, defaults to `{}`):
+            Further architecture arguments for `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`.
+        exit_points (`list[int | str]`, *optional*):
+            Where the early exits are, from shallow to deep: indices into the backbone's `feature_info`, or module
+            names that stand there. The deepest exit is the backbone's own classifier and is not listed. Defaults to
+            every tap but the last, without those whose map is more than 8 times finer than the last one's.
+        attention_type (`str`, *optional*, defaults to `"separable"`):
+            Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap) or `"none"`.
+        classifier_type (`str`, *optional*, defaults to `"separable"`):
+            Shallow classifier of each early exit: `"conv"` (the paper's) or `"separable"` (cheap).
+        head_width (`int`, *optional*, defaults to 64):
+            Channels to which `"separable"` classifiers reduce a wider feature before anything else.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the input image.
+        image_size (`int`, *optional*):
+            Height and width of the input image in pixels. Defaults to what the backbone was made for.
+
+    Raises:
+        `ValueError`: if `backbone` is not in timm's registry, or `backbone_kwargs` or a further argument names a
+            source of weights.
+
+    Example:
+
+    ```python
+    >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+    >>> config = ScanConfig(backbone="cifar_resnet20", num_labels=10)
+    >>> model = ScanForImageClassification(config)
+    >>> model.config.exit_points
+    ['layer1', 'layer2']
+    ```
+    """
+
+    model_type = "scan"
+    # So that `EvalPrediction.predictions` of a plain `Trainer` is the array of logits that its users expect.
+    keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features"]
+
+    backbone: str = "cifar_resnet18"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    exit_points: list[int | str] | None = None
+    attention_type: Literal["separable", "conv", "none"] = "separable"
+    classifier_type: Literal["separable", "conv"] = "separable"
+    head_width: int = 64
+    num_channels: int = 3
+    image_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(kwargs))
+        if refused:
+            raise ValueError(
+                f"The configuration names {refused}, which would make timm fetch or read weights; a ScanConfig only "
+                "describes the architecture. Remove these keys and load weights with `from_pretrained`."
+            )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # Transformers only warns when a checkpoint is of another kind, then builds a network of defaults.
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {model_type!r} model, and {cls.__name__} reads those of model_type "
+                f"{cls.model_type!r}. Load it with `AutoConfig` or `AutoModelForImageClassification`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_backbone(self) -> None:
+        if any(sign in self.backbone for sign in ":/\\"):
+            raise ValueError(
+                f"`backbone` is {self.backbone!r}, which names a source or a path; expected the name of a model in "
+                "timm's registry such as 'resnet50'. Weights are loaded with `from_pretrained`."
+            )
+        if not is_model(self.backbone):
+            raise ValueError(
+                f"`backbone` is {self.backbone!r}, which timm {timm.__version__} does not know. "
+                "`timm.list_models()` lists the names it knows; a newer timm may know more."
+            )
+
+    def validate_backbone_kwargs(self) -> None:
+        refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(self.backbone_kwargs))
+        if refused:
+            raise ValueError(
+                f"`backbone_kwargs` names {refused}, which would make timm fetch or read weights, or change how it "
+                "builds; only arguments of the architecture are expected. Remove these keys."
+            )
+        for name, instead in OWN_BACKBONE_ARGUMENTS.items():
+            if name in self.backbone_kwargs:
+                raise ValueError(f"`backbone_kwargs` names {name!r}, which is not expected there: {instead}.")
+
+    def validate_sizes(self) -> None:
+        for name in ("head_width", "num_channels", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+
+
+__all__ = ["ScanConfig"]

@@ -1,0 +1,151 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What each exit costs: multiplications counted, milliseconds measured."""
+
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from .adaptive import ExitConfig
+
+
+if TYPE_CHECKING:
+    from .modeling_scan import ScanForImageClassification
+
+
+@dataclass(frozen=True)
+class ExitCosts:
+    """
+    Multiply-accumulate operations (MACs) of one image, part by part. Computed from the shapes, not measured.
+
+    Args:
+        stages (`list[int]`): One per stage.
+        heads (`list[int]`): One per exit; the last is the backbone's own head.
+    """
+
+    stages: list[int]
+    heads: list[int]
+
+    @property
+    def plain(self) -> int:
+        """MACs of the backbone without early exits."""
+        return sum(self.stages) + self.heads[-1]
+
+    def cumulative(self, exit_config: ExitConfig | None = None) -> list[int]:
+        """
+        MACs of all that has run when an exit answers, earlier heads included.
+
+        Args:
+            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
+
+        Returns:
+            `list[int]`: one per exit, and a last one for the ensemble, whose mean costs nothing to speak of.
+        """
+        num_exits = len(self.stages)
+        total, costs = 0, []
+        for index in range(num_exits):
+            total += self.stages[index]
+            if exit_config is None or exit_config.runs_head(index, num_exits):
+                total += self.heads[index]
+            costs.append(total)
+        return [*costs, total]
+
+    def relative(self, exit_config: ExitConfig | None = None) -> list[float]:
+        """The cumulative costs as shares of the plain backbone's."""
+        return [cost / self.plain for cost in self.cumulative(exit_config)]
+
+
+def count_macs(model: "ScanForImageClassification") -> ExitCosts:
+    """
+    Counts the MACs of one image of `config.image_size` with PyTorch's flop counter: convolutions and matrix products,
+    two flops each.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network, on any device.
+
+    Returns:
+        [`ExitCosts`]
+
+    Example:
+
+    ```python
+    >>> from hf_scan import ScanConfig, ScanForImageClassification
+    >>> from hf_scan.costs import count_macs
+
+    >>> costs = count_macs(ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)))
+    >>> round(costs.plain / 1e6, 1)
+    41.2
+    ```
+    """
+
+    def counted(part: Callable[..., torch.Tensor], index: int, feature: torch.Tensor) -> tuple[int, torch.Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            output = part(index, feature)
+        return counter.get_total_flops() // 2, output
+
+    size = model.config.image_size
+    feature = torch.zeros(1, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
+    stages, heads = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for index in range(model.num_exits):
+                macs, feature = counted(model.run_stage, index, feature)
+                stages.append(macs)
+                heads.append(counted(model.run_exit, index, feature)[0])
+    finally:
+        model.train(was_training)
+    return ExitCosts(stages, heads)
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 7, seconds_per_round: float = 0.2
+) -> dict[str, float]:
+    """
+    Median seconds of several calls, measured in turns, so that a machine that slows down does so for all of them.
+
+    Args:
+        calls (`Mapping[str, Callable]`): What to time, by name.
+        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+        seconds_per_round (`float`, *optional*, defaults to 0.2): How long each measurement takes at least; a call is
+            repeated to fill it.
+
+    Returns:
+        `dict[str, float]`: seconds for one call, by name.
+    """
+    timers, repeats = {}, {}
+    for name, call in calls.items():
+        # The timer sets the thread count, to one unless told.
+        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        timers[name].timeit(2)  # warms up
+        repeats[name] = max(1, round(seconds_per_round / timers[name].timeit(2).mean))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(repeats[name]).mean)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def describe_machine(device: torch.device | str = "cpu") -> str:
+    """The machine in words, for figures that were measured on it."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    return f"{cpu}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,167 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training, scoring and use."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+from timm.data import resolve_data_config
+from torchvision.transforms import InterpolationMode, v2
+from transformers import ConvNextImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+if TYPE_CHECKING:
+    from .modeling_scan import ScanForImageClassification
+
+
+def create_image_processor(model: "ScanForImageClassification") -> BaseImageProcessor:
+    """
+    The preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
+    `AutoImageProcessor` and `pipeline("image-classification")` find it.
+
+    Args:
+        model ([`ScanForImageClassification`]): Its backbone's `pretrained_cfg` gives crop, interpolation, mean and
+            standard deviation; its `config.image_size` the size.
+
+    Raises:
+        `ValueError`: if the network does not take three channels, which this processor always makes.
+    """
+    if model.config.num_channels != 3:
+        raise ValueError(
+            f"The network takes {model.config.num_channels} channels; an image processor is only made for 3. Pass "
+            "your own `processing_class`."
+        )
+    settings = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
+    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    return ConvNextImageProcessor(
+        size={"shortest_edge": model.config.image_size},
+        crop_pct=settings["crop_pct"],
+        resample=resample.get(settings["interpolation"], 3),
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+        do_convert_rgb=True,
+    )
+
+
+def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:
+    """
+    Renames the two columns to `image` and `labels`, drops the others, and makes labels class indices.
+
+    Args:
+        dataset (`datasets.DatasetDict`): Any image classification dataset.
+        image_column (`str`): Name of the column of images.
+        label_column (`str`): Name of the column of classes: a `ClassLabel`, numbers or strings.
+
+    Raises:
+        `ValueError`: if a column is missing, is of another kind, or holds fewer than two classes.
+    """
+    for split, rows in dataset.items():
+        for name, kind in ((image_column, "image"), (label_column, "label")):
+            if name not in rows.column_names:
+                raise ValueError(
+                    f"The {split!r} split has no column {name!r}; it has {rows.column_names}. Name the right one with "
+                    f"`--{kind}_column`."
+                )
+        if not isinstance(rows.features[image_column], Image):
+            raise ValueError(
+                f"Column {image_column!r} of the {split!r} split holds {rows.features[image_column]}; expected images. "
+                "Name the right one with `--image_column`, or cast it to `datasets.Image`."
+            )
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
+    first = next(iter(dataset.values()))
+    if not isinstance(first.features["labels"], ClassLabel):
+        names = sorted({str(label) for rows in dataset.values() for label in rows.unique("labels")})
+        to_index = ClassLabel(names=names)
+        dataset = dataset.map(lambda row: {"labels": to_index.str2int(str(row["labels"]))}).cast_column(
+            "labels", to_index
+        )
+        first = next(iter(dataset.values()))
+    if first.features["labels"].num_classes < 2:
+        raise ValueError(
+            f"Column {label_column!r} holds the only class {first.features['labels'].names}; a classifier needs at "
+            "least two. Name the right column with `--label_column`."
+        )
+    return dataset
+
+
+def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Takes a share of a split away, with the same mix of classes, so that thresholds are searched on images that
+    training never sees.
+
+    Args:
+        dataset (`datasets.Dataset`): With a column `labels`, as [`prepare_columns`] makes it.
+        share (`float`): Between 0 and 1.
+        seed (`int`): The same seed takes the same images.
+
+    Returns:
+        `tuple[datasets.Dataset, datasets.Dataset]`: what is left, and what was taken.
+
+    Raises:
+        `ValueError`: if the share is not between 0 and 1, or too small or large for the classes there are.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"The share of images to split off is {share}; expected a number between 0 and 1.")
+    try:
+        parts = dataset.train_test_split(share, seed=seed, stratify_by_column="labels")
+    except ValueError as error:
+        raise ValueError(
+            f"A share of {share} of {len(dataset)} images cannot be split off with the same mix of classes: {error} "
+            "Use more images or another share."
+        ) from error
+    return parts["train"], parts["test"]
+
+
+def train_transform(
+    processor: BaseImageProcessor, image_size: int, crop: str = "pad", flip: bool = True
+) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
+    """
+    A transform for `Dataset.with_transform` that augments.
+
+    Args:
+        processor: The image processor, whose mean and standard deviation are used.
+        image_size (`int`): Pixels of the square that comes out.
+        crop (`str`, *optional*, defaults to `"pad"`): `"pad"` resizes, pads by an eighth and crops at random, as is
+            usual for small images; `"resized"` crops a random part and resizes it, as is usual for ImageNet; `"none"`
+            only resizes.
+        flip (`bool`, *optional*, defaults to `True`): Whether to mirror half of the images.
+    """
+    size = (image_size, image_size)
+    interpolation = {0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR}.get(
+        int(processor.resample), InterpolationMode.BICUBIC
+    )
+    crops: dict[str, list[torch.nn.Module]] = {
+        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=image_size // 8)],
+        "resized": [v2.RandomResizedCrop(size, interpolation=interpolation)],
+        "none": [v2.Resize(size, interpolation)],
+    }
+    if crop not in crops:
+        raise ValueError(f"`crop` is {crop!r}; expected one of {sorted(crops)}.")
+    augment = v2.Compose(
+        [
+            v2.RGB(),
+            *crops[crop],
+            *([v2.RandomHorizontalFlip()] if flip else []),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(processor.image_mean, processor.image_std),
+        ]
+    )
+
+    def transform(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pixel_values": [augment(image) for image in batch["image"]], "labels": batch["labels"]}
+
+    return transform
+
+
+def eval_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
+    """A transform for `Dataset.with_transform` that does what the image processor does, and nothing else."""
+
+    def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        pixel_values = processor(batch["image"], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": list(pixel_values), "labels": batch["labels"]}
+
+    return transform

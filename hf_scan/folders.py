@@ -1,0 +1,66 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""An output folder is replaced as a whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
+    """
+    Gives a new folder to write into, which takes the place of `path` once the block ends without an error. After an
+    error `path` is as it was.
+
+    Args:
+        path (`str` or `Path`): The folder to make or to replace. Its parents are made when missing.
+        keep (`Sequence[str]`, *optional*): Patterns of entries of the old folder to carry over, such as
+            `"checkpoint-*"`, where the new one has none of that name.
+
+    Yields:
+        `Path`: the folder to write into, beside `path`.
+
+    Raises:
+        `NotADirectoryError`: if `path` is a file.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_scan.folders import replaced_folder
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with replaced_folder(Path(parent, "run")) as folder:
+    ...         _ = (folder / "metrics.json").write_text("{}")
+    ...     [entry.name for entry in Path(parent, "run").iterdir()]
+    ['metrics.json']
+    ```
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # On the same file system, so that the exchange is a rename.
+    workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    new, old = workshop / "new", workshop / "old"
+    new.mkdir()  # with the permissions that folders get here; a temporary one is private
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        for pattern in keep:
+            for entry in old.glob(pattern):
+                if not (path / entry.name).exists():
+                    os.rename(entry, path / entry.name)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)

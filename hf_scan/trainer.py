@@ -1,0 +1,141 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""[`ScanTrainer`]: Transformers' `Trainer` with the self-distillation loss and scores for every exit."""
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .adaptive import EXIT_CONFIG_NAME
+from .calibration.exit_table import exit_columns
+from .costs import count_macs
+from .data import create_image_processor
+from .losses import SelfDistillationLoss
+from .metrics import ScanAccuracy
+from .training_args import ScanTrainingArguments
+
+
+class ScanTrainer(Trainer):
+    """
+    Trains a [`ScanForImageClassification`] by self-distillation, under any launcher that `Trainer` knows.
+
+    It logs every term of the loss for every exit, and evaluates with [`~hf_scan.metrics.ScanAccuracy`] unless given
+    another `compute_metrics`. Where no `processing_class` is given, the backbone's own preprocessing is saved with
+    the model.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network.
+        args ([`ScanTrainingArguments`], *optional*): Defaults to `ScanTrainingArguments(output_dir="tmp_trainer")`.
+        kwargs: As for [`~transformers.Trainer`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2))
+    >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(8)]
+    >>> args = ScanTrainingArguments(output_dir="runs/doc", max_steps=1, report_to=[], save_strategy="no")
+    >>> result = ScanTrainer(model, args, train_dataset=images).train()  # doctest: +SKIP
+    ```
+    """
+
+    # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: ScanTrainingArguments | None = None,
+        *,
+        processing_class: BaseImageProcessor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or ScanTrainingArguments(output_dir="tmp_trainer")
+        if processing_class is None and isinstance(model, PreTrainedModel) and model.config.num_channels == 3:
+            processing_class = create_image_processor(model)
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+        self.distillation = SelfDistillationLoss(
+            label_weight=args.label_weight,
+            soft_label_weight=args.soft_label_weight,
+            hint_weight=args.hint_weight,
+            temperature=args.distillation_temperature,
+            label_smoothing=args.label_smoothing_factor,
+        )
+        self._scores_exits = self.compute_metrics is None
+        if self._scores_exits:
+            self.compute_metrics = self._compute_exit_metrics
+            self.preprocess_logits_for_metrics = self._reduce_exit_logits
+        # Sums since the last log, on the device: reading them at each step would wait for it.
+        self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._term_steps = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        outputs = model(pixel_values=inputs["pixel_values"], output_exit_features=True)
+        labels = inputs["labels"]
+        self.model.check_labels(labels) if labels.device.type == "cpu" else None
+        terms = self.distillation(outputs.exit_logits, outputs.exit_features, labels)
+        if model.training:
+            for name, term in terms.items():
+                self._term_sums[name] += term.detach()
+            self._term_steps += 1
+        loss = torch.stack(list(terms.values())).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # All processes log together, after the same number of steps.
+        if "loss" in logs and self._term_steps:
+            means = torch.stack(list(self._term_sums.values())) / self._term_steps
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= {name: round(mean, 6) for name, mean in zip(self._term_sums, means.tolist())}
+            self._term_sums.clear()
+            self._term_steps = 0
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        if ignore_keys is None and self._scores_exits:
+            ignore_keys = ["logits", "ensemble_logits", "exit_features"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _reduce_exit_logits(self, exit_logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes and confidences are all that is gathered from the processes and kept."""
+        return exit_columns(exit_logits, self.model.exit_config)
+
+    def _compute_exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions, confidences = prediction.predictions
+        exit_config = self.model.exit_config
+        adaptive = {}
+        if exit_config.thresholds is not None:
+            adaptive = {
+                "thresholds": exit_config.thresholds,
+                "fallback": exit_config.fallback,
+                "costs": count_macs(self.model).relative(exit_config),
+            }
+        return ScanAccuracy().compute(
+            predictions=predictions, confidences=confidences, references=prediction.label_ids, **adaptive
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files it knows.
+        exit_config = Path(checkpoint_folder, EXIT_CONFIG_NAME)
+        if self.is_world_process_zero() and exit_config.is_file():
+            shutil.copy(exit_config, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
