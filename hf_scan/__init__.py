@@ -11,6 +11,8 @@ from .trainer import ScanTrainer
 from .training_args import ScanTrainingArguments
 
 
+__version__ = "0.1.0.dev0"
+
 AutoConfig.register(ScanConfig.model_type, ScanConfig)
 AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
 

@@ -2,6 +2,7 @@
 """How to answer: [`ExitConfig`], the exit rule, and `predict_adaptive`, which really leaves the network early."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import ModelOutput, cached_file, logging
 
 
@@ -53,7 +55,8 @@ class ExitConfig:
     fallback: Literal["ensemble", "deepest"] = "ensemble"
     search: dict[str, Any] | None = None
 
-    def validate_thresholds(self) -> None:
+    # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.
+    def __post_init__(self) -> None:
         for threshold in self.thresholds or []:
             if threshold is not None and not 0 <= threshold <= 1:
                 raise ValueError(
@@ -92,6 +95,8 @@ class ExitConfig:
         known = {entry.name for entry in fields(self)}
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"ExitConfig has no {unknown}; expected some of {sorted(known)}.")
+        if kwargs.get("thresholds") is not None:
+            kwargs["thresholds"] = list(kwargs["thresholds"])  # a tuple or an array will do
         return replace(self, **kwargs)
 
     @classmethod
@@ -104,7 +109,7 @@ class ExitConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, filename: str = EXIT_CONFIG_NAME, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], filename: str = EXIT_CONFIG_NAME, **kwargs: Any
     ) -> "ExitConfig":
         """
         Loads `exit_config.json` from a folder or from the Hub. A model that has none gets the defaults.
@@ -126,13 +131,13 @@ class ExitConfig:
             if not isinstance(values, dict):
                 raise TypeError(f"a {type(values).__name__} stands where an object is expected")
             return cls.from_dict(values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, StrictDataclassError) as error:
             raise ValueError(
                 f"{filename} of {pretrained_model_name_or_path} is not a valid exit configuration: {error} Find "
                 "thresholds anew with `hf_scan.calibrate`, or remove the file."
             ) from error
 
-    def save_pretrained(self, save_directory: str | Path, filename: str = EXIT_CONFIG_NAME) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], filename: str = EXIT_CONFIG_NAME) -> None:
         """Writes the configuration into a folder, which is made when missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,9 +156,10 @@ class AdaptiveOutput(ModelOutput):
         confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability.
     """
 
-    logits: torch.Tensor | None = None
-    exit_index: torch.Tensor | None = None
-    confidence: torch.Tensor | None = None
+    # Never None; a ModelOutput wants defaults.
+    logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_index: torch.Tensor = None  # type: ignore[assignment]
+    confidence: torch.Tensor = None  # type: ignore[assignment]
 
 
 def confidence_of(logits: torch.Tensor) -> torch.Tensor:

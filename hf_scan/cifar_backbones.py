@@ -134,9 +134,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     stages = tuple(range(len(kwargs["layers"])))
-    return build_model_with_cfg(
-        CifarResNet, variant, pretrained, feature_cfg={"out_indices": stages}, **kwargs
-    )
+    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg={"out_indices": stages}, **kwargs)
 
 
 _WIDE, _NARROW = (64, 128, 256, 512), (16, 32, 64)

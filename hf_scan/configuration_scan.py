@@ -92,6 +92,10 @@ class ScanConfig(PreTrainedConfig):
                 "describes the architecture. Remove these keys and load weights with `from_pretrained`."
             )
         super().__post_init__(**kwargs)
+        # Not as `validate_*` methods of a strict dataclass, whose errors are no `ValueError`.
+        self._check_backbone()
+        self._check_backbone_kwargs()
+        self._check_sizes()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -104,7 +108,7 @@ class ScanConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
-    def validate_backbone(self) -> None:
+    def _check_backbone(self) -> None:
         if any(sign in self.backbone for sign in ":/\\"):
             raise ValueError(
                 f"`backbone` is {self.backbone!r}, which names a source or a path; expected the name of a model in "
@@ -116,7 +120,7 @@ class ScanConfig(PreTrainedConfig):
                 "`timm.list_models()` lists the names it knows; a newer timm may know more."
             )
 
-    def validate_backbone_kwargs(self) -> None:
+    def _check_backbone_kwargs(self) -> None:
         refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(self.backbone_kwargs))
         if refused:
             raise ValueError(
@@ -127,7 +131,7 @@ class ScanConfig(PreTrainedConfig):
             if name in self.backbone_kwargs:
                 raise ValueError(f"`backbone_kwargs` names {name!r}, which is not expected there: {instead}.")
 
-    def validate_sizes(self) -> None:
+    def _check_sizes(self) -> None:
         for name in ("head_width", "num_channels", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

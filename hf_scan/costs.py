@@ -5,6 +5,7 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +90,7 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
         return counter.get_total_flops() // 2, output
 
     size = model.config.image_size
+    assert size is not None  # the network filled it in
     feature = torch.zeros(1, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
     stages, heads = [], []
     was_training = model.training
@@ -130,6 +132,96 @@ def interleaved_medians(
         for name, timer in timers.items():
             times[name].append(timer.timeit(repeats[name]).mean)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@dataclass(frozen=True)
+class MeasuredTimes:
+    """
+    Milliseconds for one image, measured.
+
+    Args:
+        batch_size (`int`): Images at a time.
+        plain (`float`): The backbone without early exits.
+        exits (`list[float]`): Being answered at each exit, earlier heads included; the ensemble is last.
+        adaptive (`float`): `predict_adaptive`, with the model's own exit configuration.
+        shares (`list[float]`): Share of the measured images that each exit, and the ensemble, answered.
+    """
+
+    batch_size: int
+    plain: float
+    exits: list[float]
+    adaptive: float
+    shares: list[float]
+
+    @property
+    def predicted_speedup(self) -> float:
+        """The plain time over the exits' times, weighted by how many images they answer."""
+        return self.plain / sum(share * time for share, time in zip(self.shares, self.exits))
+
+    @property
+    def realised_speedup(self) -> float:
+        """The plain time over that of `predict_adaptive`, measured in turns on the same images."""
+        return self.plain / self.adaptive
+
+
+def measure_times(
+    model: "ScanForImageClassification",
+    images: torch.Tensor,
+    batch_size: int,
+    plain: Callable[[torch.Tensor], object] | None = None,
+    rounds: int = 7,
+) -> MeasuredTimes:
+    """
+    Measures a network with thresholds against its plain backbone, on real images, interleaved, medians over rounds.
+
+    Args:
+        model ([`ScanForImageClassification`]): In eval mode, with an exit configuration.
+        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
+            format; each round runs all of them.
+        batch_size (`int`): Images at a time.
+        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`.
+        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+
+    Returns:
+        [`MeasuredTimes`]
+    """
+    batches = images.split(batch_size)
+    plain = plain or model.backbone
+    num_exits = model.num_exits
+    own = model.exit_config.resolve(num_exits)
+
+    def leaving_at(index: int) -> ExitConfig:
+        # Switched-off exits stay off, and heads that run for the ensemble run.
+        passed = [
+            None if threshold is None and earlier < num_exits - 1 else 1.0 for earlier, threshold in enumerate(own)
+        ]
+        return ExitConfig(thresholds=[*passed[:index], 0.0, *passed[index + 1 :]][:num_exits])
+
+    def over(call: Callable[[torch.Tensor], object]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.inference_mode():
+                for batch in batches:
+                    call(batch)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+
+        return run
+
+    calls: dict[str, Callable[[], object]] = {"plain": over(plain), "adaptive": over(model.predict_adaptive)}
+    for index in range(num_exits + 1):
+        calls[str(index)] = over(partial(model.predict_adaptive, exit_config=leaving_at(index)))
+    seconds = interleaved_medians(calls, rounds=rounds, seconds_per_round=0.0)
+    per_image = {name: 1000 * value / len(images) for name, value in seconds.items()}
+
+    answers = torch.cat([model.predict_adaptive(batch).exit_index for batch in batches])
+    shares = answers.bincount(minlength=num_exits + 1) / len(images)
+    return MeasuredTimes(
+        batch_size=batch_size,
+        plain=per_image["plain"],
+        exits=[per_image[str(index)] for index in range(num_exits + 1)],
+        adaptive=per_image["adaptive"],
+        shares=shares.tolist(),
+    )
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:

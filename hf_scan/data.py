@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training, scoring and use."""
+"""From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training and for use."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,8 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
                 )
         if not isinstance(rows.features[image_column], Image):
             raise ValueError(
-                f"Column {image_column!r} of the {split!r} split holds {rows.features[image_column]}; expected images. "
-                "Name the right one with `--image_column`, or cast it to `datasets.Image`."
+                f"Column {image_column!r} of the {split!r} split holds {rows.features[image_column]}; expected "
+                "images. Name the right one with `--image_column`, or cast it to `datasets.Image`."
             )
     dataset = dataset.select_columns([image_column, label_column])
     dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
@@ -116,25 +116,24 @@ def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datas
 
 
 def train_transform(
-    processor: BaseImageProcessor, image_size: int, crop: str = "pad", flip: bool = True
+    processor: BaseImageProcessor, crop: str = "pad", flip: bool = True
 ) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
     """
     A transform for `Dataset.with_transform` that augments.
 
     Args:
-        processor: The image processor, whose mean and standard deviation are used.
-        image_size (`int`): Pixels of the square that comes out.
+        processor: The image processor, whose size, interpolation, mean and standard deviation are used.
         crop (`str`, *optional*, defaults to `"pad"`): `"pad"` resizes, pads by an eighth and crops at random, as is
             usual for small images; `"resized"` crops a random part and resizes it, as is usual for ImageNet; `"none"`
             only resizes.
         flip (`bool`, *optional*, defaults to `True`): Whether to mirror half of the images.
     """
-    size = (image_size, image_size)
+    size = (processor.size["shortest_edge"],) * 2
     interpolation = {0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR}.get(
         int(processor.resample), InterpolationMode.BICUBIC
     )
     crops: dict[str, list[torch.nn.Module]] = {
-        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=image_size // 8)],
+        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=size[0] // 8)],
         "resized": [v2.RandomResizedCrop(size, interpolation=interpolation)],
         "none": [v2.Resize(size, interpolation)],
     }

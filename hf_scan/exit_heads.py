@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 
-def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, **kwargs: int) -> list[nn.Module]:
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0
+) -> list[nn.Module]:
     """A convolution without bias and its batch norm."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, bias=False, **kwargs)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return [conv, nn.BatchNorm2d(out_channels)]
 
 

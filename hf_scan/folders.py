@@ -1,11 +1,10 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """An output folder is replaced as a whole or not at all."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -61,6 +60,10 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
         for pattern in keep:
             for entry in old.glob(pattern):
                 if not (path / entry.name).exists():
-                    os.rename(entry, path / entry.name)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+                    entry.rename(path / entry.name)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # what could not be carried over stays there
+            workshop.rmdir()
+        raise
+    shutil.rmtree(workshop)

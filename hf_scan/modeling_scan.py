@@ -37,11 +37,12 @@ class ScanImageClassifierOutput(ModelOutput):
             One of shape `(batch_size, feature_size)` per exit: what its last layer reads.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    exit_logits: tuple[torch.FloatTensor, ...] | None = None
-    ensemble_logits: torch.FloatTensor | None = None
-    exit_features: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    # Never None; a ModelOutput wants defaults.
+    logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_logits: tuple[torch.Tensor, ...] = None  # type: ignore[assignment]
+    ensemble_logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_features: tuple[torch.Tensor, ...] | None = None
 
 
 class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
@@ -84,7 +85,8 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
         self.num_labels = config.num_labels
-        self.backbone = timm.create_model(
+        # Typed so that timm's own methods are known to exist.
+        self.backbone: Any = timm.create_model(
             config.backbone,
             pretrained=False,
             num_classes=config.num_labels,
@@ -132,7 +134,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own
         # Buffers that no checkpoint holds come out of the meta device as raw memory.
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            module.init_non_persistent_buffers()  # type: ignore[operator]
 
     def run_stage(self, index: int, feature: torch.Tensor) -> torch.Tensor:
         """The stage's feature, from that of the stage before or, for the first, from the images."""
@@ -228,7 +230,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
         exit_config: ExitConfig | None = None,
         **kwargs: Any,
@@ -245,6 +247,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 exit configuration is not valid.
         """
         loading_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # Transformers would fall back to a pickle
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -271,7 +274,11 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         return (model, info) if loading_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As [`~transformers.PreTrainedModel.save_pretrained`], with `exit_config.json` beside the weights."""
         names = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")

@@ -7,6 +7,7 @@ does between its modules (an addition, a functional activation) breaks that chai
 run differently from the original.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Stage:
         return feature
 
 
-def cut_into_stages(backbone: nn.Module, exit_points: list[int | str] | None = None) -> list[Stage]:
+def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -> list[Stage]:
     """
     Cuts a timm model after each exit point. The last stage ends where the model's own head begins.
 
@@ -78,14 +79,14 @@ def cut_into_stages(backbone: nn.Module, exit_points: list[int | str] | None = N
     return stages
 
 
-def default_exit_points(backbone: nn.Module) -> list[dict[str, Any]]:
+def default_exit_points(backbone: Any) -> list[dict[str, Any]]:
     """The taps where exits are by default: all but the last, without those whose map is more than 8 times finer than
     the last one's (on a network that reduces by 32: those shallower than reduction 4)."""
     *taps, last = _taps(backbone)
     return [tap for tap in taps if tap["reduction"] * 8 >= last["reduction"]]
 
 
-def _taps(backbone: nn.Module) -> list[dict[str, Any]]:
+def _taps(backbone: Any) -> list[dict[str, Any]]:
     info = getattr(backbone, "feature_info", None)
     # A list on the models themselves, timm's `FeatureInfo` on what its feature extraction returns.
     taps = list(getattr(info, "info", info) or [])
@@ -122,7 +123,7 @@ class _Call:
 
 
 class _Features(nn.Module):
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -130,7 +131,7 @@ class _Features(nn.Module):
         return self.backbone.forward_features(image)
 
 
-def _trace(backbone: nn.Module) -> tuple[list[_Call], torch.Tensor, torch.Tensor]:
+def _trace(backbone: Any) -> tuple[list[_Call], torch.Tensor, torch.Tensor]:
     """Records every call of a module in one forward pass, in the order in which the calls end."""
     calls: list[_Call] = []
     running: list[_Call] = []
@@ -138,8 +139,8 @@ def _trace(backbone: nn.Module) -> tuple[list[_Call], torch.Tensor, torch.Tensor
     def version(value: Any) -> tuple[int, int] | None:
         return (id(value), value._version) if isinstance(value, torch.Tensor) else None
 
-    def started(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def started(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             # A step of a stage is called with the feature and nothing else.
             source = version(args[0]) if len(args) == 1 and not kwargs and tensors else None
@@ -147,7 +148,7 @@ def _trace(backbone: nn.Module) -> tuple[list[_Call], torch.Tensor, torch.Tensor
 
         return hook
 
-    def ended(module: nn.Module, args: tuple, output: Any) -> None:
+    def ended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = running.pop()
         call.target = version(output)
         call.tensors.append(output)  # kept alive, so that no identity is used twice
@@ -187,14 +188,17 @@ def _follow_back(
     """The calls that lead from the image to the feature, the outermost ones that have no exit point inside."""
     chain: list[_Call] = []
     wanted = (id(feature), feature._version) if isinstance(feature, torch.Tensor) else None
-    position = len(calls)
+    outermost_first = reversed(calls)
     while wanted != (id(image), 0):
-        for position in reversed(range(position)):
-            call = calls[position]
-            if call.target == wanted and not any(tap.startswith(call.name + ".") for tap in tap_names):
-                break
-        else:
-            call = None
+        # The iterator goes on where it stopped: what feeds a call has ended before it.
+        call = next(
+            (
+                call
+                for call in outermost_first
+                if call.target == wanted and not any(tap.startswith(call.name + ".") for tap in tap_names)
+            ),
+            None,
+        )
         if call is None or call.source is None or wanted is None:
             step = chain[0].name if chain else "the head"
             raise ValueError(
@@ -211,6 +215,6 @@ def _channels_first(call: _Call, tap: dict[str, Any], name: str) -> bool:
     if len(shape) == 4 and tap["num_chs"] in (shape[1], shape[3]):
         return shape[1] == tap["num_chs"]
     raise ValueError(
-        f"{name} returns a feature of shape {shape} at {tap['module']!r}; expected a map of {tap['num_chs']} channels. "
-        "Choose other `exit_points` or another backbone."
+        f"{name} returns a feature of shape {shape} at {tap['module']!r}; expected a map of {tap['num_chs']} "
+        "channels. Choose other `exit_points` or another backbone."
     )

@@ -60,6 +60,10 @@ class ScanTrainer(Trainer):
         args = args or ScanTrainingArguments(output_dir="tmp_trainer")
         if processing_class is None and isinstance(model, PreTrainedModel) and model.config.num_channels == 3:
             processing_class = create_image_processor(model)
+        self._scores_exits = kwargs.get("compute_metrics") is None
+        if self._scores_exits:
+            kwargs["compute_metrics"] = self._compute_exit_metrics
+            kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         self.distillation = SelfDistillationLoss(
             label_weight=args.label_weight,
@@ -68,10 +72,6 @@ class ScanTrainer(Trainer):
             temperature=args.distillation_temperature,
             label_smoothing=args.label_smoothing_factor,
         )
-        self._scores_exits = self.compute_metrics is None
-        if self._scores_exits:
-            self.compute_metrics = self._compute_exit_metrics
-            self.preprocess_logits_for_metrics = self._reduce_exit_logits
         # Sums since the last log, on the device: reading them at each step would wait for it.
         self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._term_steps = 0
@@ -85,7 +85,8 @@ class ScanTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         outputs = model(pixel_values=inputs["pixel_values"], output_exit_features=True)
         labels = inputs["labels"]
-        self.model.check_labels(labels) if labels.device.type == "cpu" else None
+        if labels.device.type == "cpu":
+            self.model.check_labels(labels)
         terms = self.distillation(outputs.exit_logits, outputs.exit_features, labels)
         if model.training:
             for name, term in terms.items():

@@ -35,7 +35,8 @@ class ScanTrainingArguments(TrainingArguments):
         default=3.0, metadata={"help": "Temperature that softens the answers before they are compared."}
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Drop the columns that the model does not take, before images are transformed."}
+        default=False,
+        metadata={"help": "Drop the columns that the model does not take, before images are transformed."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for unused parameters in each step. There are none."}

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """From a held-out split to an [`ExitConfig`]."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def calibrate(
     model: "ScanForImageClassification",
     dataset: Any,
-    fallback: str = "ensemble",
+    fallback: Literal["ensemble", "deepest"] = "ensemble",
     split: str = "search",
     **search_kwargs: Any,
 ) -> ExitConfig:

@@ -1,0 +1,190 @@
+"""The main job from end to end, on images that come with scikit-learn: `make quickstart`.
+
+Trains `cifar_resnet20` with early exits and the same network plain, with the same recipe and seed, on handwritten
+digits; searches thresholds on images that training did not see; measures both networks on a third set; writes
+`runs/quickstart`; loads that folder in a fresh process and shows what each image's exit was.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_scan
+from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
+from hf_scan.costs import describe_machine, measure_times
+from hf_scan.data import create_image_processor, eval_transform, split_off, train_transform
+from hf_scan.folders import replaced_folder
+from hf_scan.model_card import create_model_card
+from hf_scan.plotting import describe_answers, plot_answers
+from hf_scan.report import exit_report, exit_table, speedup_lines
+
+
+SEED = 0
+RECIPE: dict[str, Any] = {
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 64,
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.1,
+    "weight_decay": 5e-4,
+    "max_grad_norm": 0.0,  # no clipping, as in the paper's code: the sum over the exits has a large gradient
+    "lr_scheduler_type": "cosine",
+}
+
+
+def load_splits() -> DatasetDict:
+    """1,797 scans of handwritten digits, 8x8 pixels: 30 % to test, 14 % to search thresholds on, the rest to train."""
+    digits = load_digits()
+    images = [PILImage.fromarray((pixels * 255 / 16).astype(np.uint8)) for pixels in digits.images]
+    features = Features({"image": Image(), "labels": ClassLabel(names=[str(digit) for digit in range(10)])})
+    rows = Dataset.from_dict({"image": images, "labels": digits.target}, features=features)
+    rest, test = split_off(rows, 0.3, seed=SEED)
+    train, search = split_off(rest, 0.2, seed=SEED)
+    return DatasetDict(train=train, search=search, test=test)
+
+
+def main(output_dir: Path, epochs: int) -> None:
+    splits = load_splits()
+    set_seed(SEED)
+    names = splits["train"].features["labels"].names
+    config = ScanConfig(
+        backbone="cifar_resnet20", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+    model = ScanForImageClassification(config).to(memory_format=torch.channels_last)
+    plain = plain_copy(model)
+    processor = create_image_processor(model)
+    # A mirrored digit is another one, or none.
+    augment = train_transform(processor, crop="pad", flip=False)
+    train = splits["train"].with_transform(augment)
+    search, test = (splits[name].with_transform(eval_transform(processor)) for name in ("search", "test"))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {
+            **RECIPE,
+            "num_train_epochs": epochs,
+            "output_dir": scratch,
+            "seed": SEED,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "logging_strategy": "epoch",
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        print(f"Training {config.backbone} with {model.num_exits} exits on {len(train)} images", flush=True)
+        trainer = ScanTrainer(
+            model, ScanTrainingArguments(**settings), train_dataset=train, processing_class=processor
+        )
+        trainer.train()
+        print("Training the same network plain, with the same recipe and seed", flush=True)
+        plain_trainer = Trainer(
+            plain,
+            TrainingArguments(**settings, remove_unused_columns=False),
+            train_dataset=train,
+            compute_metrics=lambda prediction: {
+                "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+            },
+        )
+        plain_trainer.train()
+
+        print(f"Searching thresholds on {len(search)} images that training did not see", flush=True)
+        model.eval()
+        plain.eval()
+        model.exit_config = calibrate(model, search, seed=SEED)
+        scores = trainer.evaluate(test, metric_key_prefix="test")
+        plain_scores = plain_trainer.evaluate(test, metric_key_prefix="test")
+
+    print("Measuring both networks in turns", flush=True)
+    images = torch.stack([row["pixel_values"] for row in test]).to(model.device, memory_format=torch.channels_last)
+    times = [
+        measure_times(model, images[:100], batch_size=1, plain=plain.timm_model),
+        measure_times(model, images, batch_size=64, plain=plain.timm_model),
+    ]
+    report = exit_report(
+        model,
+        {name.removeprefix("test_"): score for name, score in scores.items()},
+        times,
+        plain_accuracy=plain_scores["test_accuracy"],
+    )
+    facts = {
+        "dataset": "scikit-learn digits",
+        "splits": {name: len(rows) for name, rows in splits.items()},
+        "seed": SEED,
+        "machine": f"{describe_machine(model.device)}, both networks in channels_last",
+        "recipe": {**RECIPE, "num_train_epochs": epochs},
+    }
+    with replaced_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
+        create_model_card(model, report, facts, model_name=str(output_dir)).save(folder / "README.md")
+
+    print(f"\n{len(test)} test images of {facts['dataset']}, seed {SEED}; {facts['machine']}")
+    print(exit_table(report))
+    print("\n".join(speedup_lines(report)))
+    print(f"\nWritten to {output_dir}. Loading it in a fresh process:", flush=True)
+    subprocess.run([sys.executable, __file__, "--show", "--output_dir", str(output_dir)], check=True)
+
+
+def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassification:
+    """The same backbone without early exits, from the same initial weights."""
+    plain = TimmWrapperForImageClassification(
+        TimmWrapperConfig(architecture=model.config.backbone, id2label=model.config.id2label)
+    )
+    plain.timm_model.load_state_dict(model.backbone.state_dict())
+    return plain.to(memory_format=torch.channels_last)
+
+
+def show(folder: Path) -> None:
+    """Loads a checkpoint as anyone would, and shows test images with the exit that each took."""
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    images = list(load_splits()["test"]["image"])
+    answers = model.predict_adaptive(processor(images, return_tensors="pt")["pixel_values"])
+    chosen: list[int] = []
+    for index in answers.exit_index.unique():
+        chosen += (answers.exit_index == index).nonzero()[:4, 0].tolist()  # the first four that left there
+    picked = type(answers)(**{name: values[chosen] for name, values in answers.items()})
+    pictures = [images[i] for i in chosen]
+    texts = describe_answers(picked, model)
+    for start in range(0, len(chosen), 4):
+        row = list(zip(pictures, texts))[start : start + 4]
+        columns = [[*drawing(picture), *text.splitlines()] for picture, text in row]
+        print("\n".join("  ".join(cell.ljust(18) for cell in line).rstrip() for line in zip(*columns)), "\n")
+    plot_answers(pictures, picked, model, folder / "exits.png")
+    print(f"hf_scan {hf_scan.__version__}: the same as a picture in {folder / 'exits.png'}")
+
+
+def drawing(image: PILImage.Image) -> list[str]:
+    """A small grey image in letters."""
+    shades = " .:-=+*#%@"
+    return ["".join(2 * shades[int(pixel) * len(shades) // 256] for pixel in row) for row in np.asarray(image)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="folder to replace")
+    parser.add_argument("--epochs", type=int, default=RECIPE["num_train_epochs"], help="passes over the train images")
+    parser.add_argument("--show", action="store_true", help="only load the folder and show its answers")
+    arguments = parser.parse_args()
+    if arguments.show:
+        show(arguments.output_dir)
+    else:
+        main(arguments.output_dir, arguments.epochs)

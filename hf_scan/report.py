@@ -1,0 +1,118 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""The figures of a network as one dictionary, which `metrics.json` holds, and as one table, which people read."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .costs import MeasuredTimes, count_macs
+
+
+if TYPE_CHECKING:
+    from .modeling_scan import ScanForImageClassification
+
+
+def exit_report(
+    model: "ScanForImageClassification",
+    scores: Mapping[str, float],
+    times: Sequence[MeasuredTimes] = (),
+    plain_accuracy: float | None = None,
+) -> dict[str, Any]:
+    """
+    Puts together what is known of a network's exits. A figure that was not measured is not in it.
+
+    Args:
+        model ([`ScanForImageClassification`]): With its exit configuration.
+        scores (`Mapping[str, float]`): What [`~hf_scan.metrics.ScanAccuracy`] gave on the test split.
+        times (`Sequence[MeasuredTimes]`, *optional*): One per batch size.
+        plain_accuracy (`float`, *optional*): Test accuracy of the plain backbone, trained with the same recipe.
+
+    Returns:
+        `dict[str, Any]`: `rows` (one per exit, then the ensemble, the adaptive answer and the plain backbone) and
+        `speedup`.
+    """
+    macs = count_macs(model)
+    adaptive = model.exit_config.thresholds is not None
+    cumulative = macs.cumulative(model.exit_config if adaptive else None)
+    thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
+
+    rows: list[dict[str, Any]] = []
+    for index in range(model.num_exits + 1):
+        ensemble = index == model.num_exits
+        key = "ensemble" if ensemble else f"exit_{index}"
+        row: dict[str, Any] = {
+            "name": "ensemble" if ensemble else f"exit {index} ({model.stages[index].modules[-1]})",
+            "accuracy": scores[f"{key}_accuracy"],
+            "macs": cumulative[index],
+        }
+        if thresholds is not None:
+            row["threshold"] = None if ensemble else thresholds[index]
+            row["share"] = scores[f"{key}_share"]
+        row["milliseconds"] = {str(time.batch_size): time.exits[index] for time in times}
+        rows.append(row)
+
+    plain: dict[str, Any] = {"name": "plain backbone", "macs": macs.plain}
+    plain["milliseconds"] = {str(time.batch_size): time.plain for time in times}
+    if plain_accuracy is not None:
+        plain["accuracy"] = plain_accuracy
+    speedup: dict[str, Any] = {}
+    if adaptive:
+        mean_macs = scores["mean_cost"] * macs.plain
+        rows.append(
+            {
+                "name": "adaptive",
+                "accuracy": scores["adaptive_accuracy"],
+                "macs": mean_macs,
+                "milliseconds": {str(time.batch_size): time.adaptive for time in times},
+            }
+        )
+        speedup["predicted from MACs"] = macs.plain / mean_macs
+        for time in times:
+            speedup[f"predicted from milliseconds, batch {time.batch_size}"] = time.predicted_speedup
+            speedup[f"realised, batch {time.batch_size}"] = time.realised_speedup
+    rows.append(plain)
+    return {"rows": rows, "speedup": speedup}
+
+
+def exit_table(report: Mapping[str, Any]) -> str:
+    """
+    The table of a report, in Markdown that is aligned for the terminal too.
+
+    Args:
+        report (`Mapping[str, Any]`): From [`exit_report`].
+    """
+    rows = report["rows"]
+    plain_macs = rows[-1]["macs"]
+    batch_sizes = list(rows[0]["milliseconds"])
+    head = ["", "accuracy", "leave when above", "share", "MACs", "x plain", *(f"ms, batch {b}" for b in batch_sizes)]
+    table = [head]
+    for row in rows:
+        threshold = row.get("threshold")
+        table.append(
+            [
+                row["name"],
+                f"{row['accuracy']:.2%}" if "accuracy" in row else "",
+                f"{threshold:.3f}" if threshold is not None else "",
+                f"{row['share']:.1%}" if "share" in row else "",
+                f"{row['macs'] / 1e6:.1f} M",
+                f"{row['macs'] / plain_macs:.3f}",
+                *(f"{row['milliseconds'][size]:.3f}" for size in batch_sizes),
+            ]
+        )
+    # A column that says nothing in any row is left out.
+    kept = [index for index in range(len(head)) if index == 0 or any(line[index] for line in table[1:])]
+    widths = [max(len(line[index]) for line in table) for index in kept]
+    lines = [
+        "| " + " | ".join(_aligned(line[index], width, index) for index, width in zip(kept, widths)) + " |"
+        for line in table
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in zip(kept, widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _aligned(text: str, width: int, index: int) -> str:
+    return text.rjust(width) if index else text.ljust(width)
+
+
+def speedup_lines(report: Mapping[str, Any]) -> list[str]:
+    """The speed-ups of a report, a line each."""
+    return [f"speed-up {name}: {value:.2f}x" for name, value in report["speedup"].items()]

@@ -1,0 +1,44 @@
+import os
+
+
+# Before anything of Hugging Face is imported, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from datasets.utils.logging import disable_progress_bar
+from transformers.utils import logging
+
+from hf_scan import ScanConfig, ScanForImageClassification
+
+
+disable_progress_bar()
+logging.disable_progress_bar()
+
+
+def random_scan_model(seed: int = 0, **config) -> ScanForImageClassification:
+    """A network whose exits disagree and whose batch norms are not the identity, as after training."""
+    torch.manual_seed(seed)
+    config = {"backbone": "cifar_resnet20", "num_labels": 5, "image_size": 16, **config}
+    model = ScanForImageClassification(ScanConfig(**config)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.2)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.2)
+        for head in model.exit_heads:  # confidences all over (1/5, 1)
+            head.classifier.fc.weight.mul_(6)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model() -> ScanForImageClassification:
+    """Shared by the tests that only read it."""
+    return random_scan_model()
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    return torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))

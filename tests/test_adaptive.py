@@ -1,0 +1,184 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_scan import ExitConfig, apply_exit_rule
+from hf_scan.calibration import answering_column
+
+from .conftest import random_scan_model
+
+
+threshold = st.one_of(st.none(), st.sampled_from([0.0, 1.0]), st.floats(0.2, 1.0))
+policies = st.builds(
+    lambda thresholds, fallback: {"thresholds": thresholds, "fallback": fallback},
+    st.one_of(st.lists(threshold, min_size=3, max_size=3), st.lists(threshold, min_size=2, max_size=2)),
+    st.sampled_from(["ensemble", "deepest"]),
+)
+
+
+def rule_by_hand(exit_logits: list[np.ndarray], thresholds: list, fallback: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rule as the paper states it, one sample at a time, in float64."""
+    logits, exits = [], []
+    for rows in zip(*exit_logits):
+        seen = []
+        for index, row in enumerate(rows):
+            limit = thresholds[index] if index < len(thresholds) else None
+            deepest = index == len(rows) - 1
+            if limit is None and not deepest:
+                continue
+            seen.append(row)
+            probabilities = np.exp(row - row.max())
+            if limit is not None and probabilities.max() / probabilities.sum() > limit:
+                answer, where = row, index
+                break
+        else:
+            answer, where = (np.mean(seen, axis=0), len(rows)) if fallback == "ensemble" else (rows[-1], len(rows) - 1)
+        logits.append(answer)
+        exits.append(where)
+    return np.array(logits), np.array(exits)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(policy=policies, batch_size=st.integers(1, 24), seed=st.integers(0, 2**16))
+def test_equals_the_rule_on_full_logits_for_any_batch(model, images, policy, batch_size, seed):
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        exit_logits = model(images).exit_logits
+    expected, exits = rule_by_hand([logits.double().numpy() for logits in exit_logits], **policy)
+    # Within the tolerance of a threshold, two roundings may differ.
+    limits = [limit for limit in policy["thresholds"] if limit is not None]
+    confidences = torch.stack(exit_logits, 1).softmax(-1).amax(-1).flatten().tolist()
+    if any(abs(confidence - limit) < 1e-5 for confidence in confidences for limit in limits if 0 < limit < 1):
+        return
+
+    answers = [model.predict_adaptive(images[rows], **policy) for rows in order.split(batch_size)]
+    back = order.argsort()
+    assert torch.cat([answer.exit_index for answer in answers])[back].tolist() == exits.tolist()
+    logits = torch.cat([answer.logits for answer in answers])[back]
+    torch.testing.assert_close(logits.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    confidence = torch.cat([answer.confidence for answer in answers])[back]
+    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
+
+    simulated = apply_exit_rule(exit_logits, ExitConfig(**policy))
+    assert simulated.exit_index.tolist() == exits.tolist()
+    torch.testing.assert_close(simulated.logits.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(policy=policies, batch_size=st.integers(1, 24))
+def test_a_stage_runs_for_the_survivors_and_for_no_others(model, images, policy, batch_size):
+    """Counts the samples that every stage and head is given."""
+    config = ExitConfig(**policy)
+    seen: Counter[str] = Counter()
+    handles = []
+    for name, module in [
+        *((f"stage {i}", model.backbone.get_submodule(s.modules[-1])) for i, s in enumerate(model.stages)),
+        *((f"head {i}", head) for i, head in enumerate(model.exit_heads)),
+    ]:
+
+        def hook(module, args, output, name=name):
+            seen[name] += len(args[0])
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        exits = torch.cat([model.predict_adaptive(b, config).exit_index for b in images.split(batch_size)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index in range(model.num_exits):
+        # Who answers at this exit or behind it has needed the stage.
+        here = int((exits >= index).sum())
+        assert seen[f"stage {index}"] == here
+        if index < model.num_exits - 1:
+            assert seen[f"head {index}"] == (here if config.runs_head(index, model.num_exits) else 0)
+
+
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest"])
+@pytest.mark.parametrize("thresholds", [[0.5, 0.4, 0.6], [0.5, None, 1.0], [None, None, 0.3], [1.0, 0.6, None]])
+def test_the_rule_on_tables_agrees(model, images, thresholds, fallback):
+    """Search and metrics work on columns of confidences; they must mean the same."""
+    with torch.no_grad():
+        exit_logits = model(images).exit_logits
+    config = ExitConfig(thresholds=thresholds, fallback=fallback)
+    confidences = torch.stack(exit_logits, 1).softmax(-1).amax(-1).double().numpy()
+    if fallback == "ensemble":
+        confidences = np.concatenate([confidences, np.zeros((len(confidences), 1))], axis=1)
+    columns = answering_column(confidences, thresholds[: confidences.shape[1] - 1])
+    assert columns.tolist() == apply_exit_rule(exit_logits, config).exit_index.tolist()
+
+
+def test_thresholds_0_and_1_are_the_first_exit_and_the_fallback(model, images):
+    assert model.predict_adaptive(images, thresholds=[0.0, 0.0]).exit_index.unique().tolist() == [0]
+    assert model.predict_adaptive(images, thresholds=[1.0, 1.0, 1.0]).exit_index.unique().tolist() == [3]
+    deepest = model.predict_adaptive(images, thresholds=[1.0, 1.0], fallback="deepest")
+    assert deepest.exit_index.unique().tolist() == [2]
+    with torch.inference_mode():
+        assert torch.equal(deepest.logits, model.backbone(images))
+
+
+def test_the_models_own_configuration_is_the_default(images):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.0, 0.0, 0.0])
+    assert model.predict_adaptive(images).exit_index.unique().tolist() == [0]
+    assert model.predict_adaptive(images, thresholds=[None, 0.0, 0.0]).exit_index.unique().tolist() == [1]
+    assert model.predict_adaptive(images, thresholds=np.zeros(2)).exit_index.unique().tolist() == [0]
+    assert model.exit_config.thresholds == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_wrong_number_of_thresholds(model, images, count):
+    with pytest.raises(ValueError, match=rf"holds {count} numbers and the network has 3 exits; expected 3, or 2"):
+        model.predict_adaptive(images, thresholds=[0.5] * count)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf")])
+def test_thresholds_out_of_range(model, images, value):
+    with pytest.raises(ValueError, match=r"expected numbers in \[0, 1\], or None to switch an exit off"):
+        model.predict_adaptive(images, thresholds=[0.5, value])
+
+
+def test_no_thresholds_and_unknown_arguments(model, images):
+    with pytest.raises(ValueError, match=r"no thresholds to exit by\. Pass `thresholds="):
+        model.predict_adaptive(images)
+    with pytest.raises(TypeError, match=r"no \['treshold'\]; expected some of"):
+        model.predict_adaptive(images, treshold=0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_pixels(model, images, value):
+    images = images.clone()
+    images[3, 1, 2, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite values; expected finite"):
+        model.predict_adaptive(images, thresholds=[0.5, 0.5])
+
+
+def test_training_mode_is_refused(images):
+    with pytest.raises(ValueError, match=r"training mode.*Call `model\.eval\(\)` first"):
+        random_scan_model().train().predict_adaptive(images, thresholds=[0.5, 0.5])
+
+
+def test_exit_config_round_trip(tmp_path):
+    config = ExitConfig(thresholds=[0.25, None, 1], fallback="deepest", search={"method": "genetic", "n": 3})
+    config.save_pretrained(tmp_path, "exit_config_fast.json")
+    assert ExitConfig.from_pretrained(tmp_path, "exit_config_fast.json") == config
+    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[0.5]", '{"thresholds": [NaN]}', '{"thresholds": [2]}', '{"thresholds": "all"}', '{"fallback": "x"}'],
+)
+def test_bad_exit_config_file(tmp_path, text):
+    (tmp_path / "exit_config.json").write_text(text)
+    with pytest.raises(ValueError, match="not a valid exit configuration"):
+        ExitConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_a_newer_version_are_left_out(tmp_path):
+    (tmp_path / "exit_config.json").write_text(json.dumps({"thresholds": [0.5], "criterion": "oracle"}))
+    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig(thresholds=[0.5])

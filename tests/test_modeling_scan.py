@@ -1,0 +1,217 @@
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
+
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+from hf_scan.data import create_image_processor
+
+from .conftest import random_scan_model
+
+
+BACKBONES = ["cifar_resnet20", "test_resnet", "resnetblur18", "convnext_atto", "test_efficientnet"]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_backbone_is_the_original(name):
+    """timm's own initialisation, timm's names, timm's answer to the bit."""
+    torch.manual_seed(3)
+    plain = timm.create_model(name, num_classes=5).eval()
+    torch.manual_seed(3)
+    model = ScanForImageClassification(ScanConfig(backbone=name, num_labels=5)).eval()
+    assert type(model.backbone) is type(plain)
+    assert list(model.backbone.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.backbone.state_dict().values(), plain.state_dict().values()))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        out = model(images)
+        assert torch.equal(out.logits, plain(images))
+        assert torch.equal(out.exit_logits[-1], model.backbone(images))
+        assert torch.equal(out.logits, out.exit_logits[-1])
+    assert len(out.exit_logits) == model.num_exits
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_save_and_load_give_the_same_bits(name, tmp_path):
+    model = random_scan_model(backbone=name, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is ScanForImageClassification
+    assert not loaded.training
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded(images).exit_logits, model(images).exit_logits))
+
+
+def test_a_timm_checkpoint_loads_unchanged():
+    plain = timm.create_model("test_resnet", num_classes=5).eval()
+    model = ScanForImageClassification(ScanConfig(backbone="test_resnet", num_labels=5)).eval()
+    model.backbone.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, plain(images))
+
+
+def test_output_is_what_transformers_users_expect(model, images):
+    out = model(images, labels=torch.arange(24) % 5)
+    assert list(out.keys()) == ["loss", "logits", "exit_logits", "ensemble_logits"]
+    assert out[0] is out.loss
+    assert model(images)[0].shape == (24, 5)
+    expected = sum(torch.nn.functional.cross_entropy(logits, torch.arange(24) % 5) for logits in out.exit_logits)
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(out.ensemble_logits, sum(out.exit_logits) / 3)
+    assert isinstance(model(images, return_dict=False), tuple)
+
+
+def test_exit_features_lead_to_the_logits(model, images):
+    out = model(images, output_exit_features=True)
+    assert [feature.shape for feature in out.exit_features] == [(24, 64)] * 3
+    torch.testing.assert_close(model.backbone.get_classifier()(out.exit_features[-1]), out.logits)
+    torch.testing.assert_close(model.exit_heads[0].classifier.fc(out.exit_features[0]), out.exit_logits[0])
+    assert not out.exit_features[-1].requires_grad
+
+
+def test_the_saved_configuration_says_what_was_left_to_defaults(tmp_path):
+    ScanForImageClassification(ScanConfig(backbone="test_resnet", num_labels=5)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["exit_points"] == ["layer1", "layer2", "layer3"]
+    assert saved["image_size"] == 160
+
+
+def test_exit_config_travels_with_the_weights(tmp_path, images):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4, 0.5], search={"method": "genetic"})
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.exit_config == model.exit_config
+    assert torch.equal(loaded.predict_adaptive(images).logits, model.predict_adaptive(images).logits)
+    other = ExitConfig(thresholds=[0.1, 0.1, 0.1])
+    assert ScanForImageClassification.from_pretrained(tmp_path, exit_config=other).exit_config == other
+    # Thresholds of other weights do not stay behind.
+    random_scan_model(seed=1).save_pretrained(tmp_path)
+    assert ScanForImageClassification.from_pretrained(tmp_path).exit_config == ExitConfig()
+
+
+def test_exit_config_of_another_network_is_refused(tmp_path):
+    random_scan_model().save_pretrained(tmp_path)
+    ExitConfig(thresholds=[0.5] * 9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_loading_information_and_dtype(tmp_path):
+    random_scan_model().save_pretrained(tmp_path)
+    model, info = ScanForImageClassification.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float64)
+    assert not info["missing_keys"]
+    assert model.dtype == torch.float64
+
+
+def test_other_number_of_labels(tmp_path, images):
+    random_scan_model().save_pretrained(tmp_path)
+    model = ScanForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert all(logits.shape == (24, 9) and logits.isfinite().all() for logits in model(images).exit_logits)
+
+
+def test_pipeline_and_image_processor(tmp_path):
+    model = random_scan_model(image_size=None)
+    model.save_pretrained(tmp_path)
+    create_image_processor(model).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    image = torch.randint(0, 255, (50, 40, 3), dtype=torch.uint8).numpy()
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 32, 32)
+    from PIL import Image
+
+    top = pipeline("image-classification", model=str(tmp_path), device="cpu")(Image.fromarray(image), top_k=1)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+    assert top[0]["label"] == model.config.id2label[int(logits.argmax())]
+
+
+def test_half_precision_and_compile_and_copy(images):
+    model = random_scan_model()
+    assert model.half().predict_adaptive(images.half(), thresholds=[0.4, 0.4]).logits.dtype == torch.float16
+    twin = copy.deepcopy(model.float())
+    twin.backbone.conv1.weight.data.zero_()  # a copy's stages run its own modules
+    assert not torch.equal(twin(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 16, 16), r"has shape \(2, 16, 16\); expected \(batch_size, 3, height, width\)"),
+        ((2, 1, 16, 16), r"has shape \(2, 1, 16, 16\); expected \(batch_size, 3"),
+        ((0, 3, 16, 16), r"is empty, of shape \(0, 3, 16, 16\)"),
+        ((2, 3, 0, 16), "is empty"),
+    ],
+)
+def test_bad_shapes(model, shape, message):
+    for call in (model, lambda pixels: model.predict_adaptive(pixels, thresholds=[0.5, 0.5])):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(shape))
+
+
+def test_non_finite_pixels(model, images):
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        model(images * float("nan"))
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_labels_out_of_range(model, images, label):
+    with pytest.raises(ValueError, match=r"`labels` holds values .* expected class indices from 0 to 4"):
+        model(images[:2], labels=torch.tensor([0, label]))
+
+
+def test_one_label_is_refused():
+    with pytest.raises(ValueError, match="`num_labels` is 1; a classifier needs at least 2"):
+        ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=1))
+
+
+def test_folder_without_weights(tmp_path):
+    ScanConfig().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -100])
+def test_truncated_weights(tmp_path, keep):
+    random_scan_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(OSError, match=r"truncated or is not a safetensors file\. Save or download it again"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_checkpoint_of_another_model_type(tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="configuration of a 'resnet' model"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_missing_backbone_weights_are_refused(tmp_path):
+    """Left alone, they would be raw memory."""
+    model = random_scan_model()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "backbone.layer2" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lack \d+ of the backbone's, the first being 'backbone\.layer2"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    """A checkpoint that has only a pickle is one without weights."""
+    model = random_scan_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        ScanForImageClassification.from_pretrained(tmp_path)
