@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from timeit import timeit
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .adaptive import ExitConfig
@@ -113,7 +113,7 @@ def interleaved_medians(
     Median seconds of several calls, measured in turns, so that a machine that slows down does so for all of them.
 
     Args:
-        calls (`Mapping[str, Callable]`): What to time, by name.
+        calls (`Mapping[str, Callable]`): What to time, by name. On an accelerator, a call has to wait for it.
         rounds (`int`, *optional*, defaults to 7): Times that each is measured.
         seconds_per_round (`float`, *optional*, defaults to 0.2): How long each measurement takes at least; a call is
             repeated to fill it.
@@ -121,16 +121,14 @@ def interleaved_medians(
     Returns:
         `dict[str, float]`: seconds for one call, by name.
     """
-    timers, repeats = {}, {}
+    repeats = {}
     for name, call in calls.items():
-        # The timer sets the thread count, to one unless told.
-        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        timers[name].timeit(2)  # warms up
-        repeats[name] = max(1, round(seconds_per_round / timers[name].timeit(2).mean))
+        timeit(call, number=2)  # warms up
+        repeats[name] = max(1, round(seconds_per_round * 2 / timeit(call, number=2)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(repeats[name]).mean)
+        for name, call in calls.items():
+            times[name].append(timeit(call, number=repeats[name]) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

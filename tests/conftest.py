@@ -28,8 +28,13 @@ def random_scan_model(seed: int = 0, **config) -> ScanForImageClassification:
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(std=0.2)
-        for head in model.exit_heads:  # confidences all over (1/5, 1)
-            head.classifier.fc.weight.mul_(6)
+        # Logits of unit variance around 0 at every exit, so that confidences are all over (1 / num_labels, 1).
+        pixels = torch.randn(64, 3, model.config.image_size, model.config.image_size)
+        classifiers = [*(head.classifier.fc for head in model.exit_heads), model.backbone.get_classifier()]
+        for classifier, logits in zip(classifiers, model(pixels).exit_logits):
+            scale = 1.3 / logits.std(dim=0)
+            classifier.weight.mul_(scale[:, None])
+            classifier.bias.copy_((classifier.bias - logits.mean(dim=0)) * scale)
     return model
 
 

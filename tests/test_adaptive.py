@@ -43,6 +43,10 @@ def rule_by_hand(exit_logits: list[np.ndarray], thresholds: list, fallback: str)
     return np.array(logits), np.array(exits)
 
 
+def test_the_network_of_these_tests_uses_every_exit(model, images):
+    assert model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6]).exit_index.unique().tolist() == [0, 1, 2, 3]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(policy=policies, batch_size=st.integers(1, 24), seed=st.integers(0, 2**16))
 def test_equals_the_rule_on_full_logits_for_any_batch(model, images, policy, batch_size, seed):

@@ -93,7 +93,10 @@ def test_exit_config_travels_with_the_weights(tmp_path, images):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert loaded.exit_config == model.exit_config
-    assert torch.equal(loaded.predict_adaptive(images).logits, model.predict_adaptive(images).logits)
+    answer, expected = loaded.predict_adaptive(images), model.predict_adaptive(images)
+    assert torch.equal(answer.exit_index, expected.exit_index)
+    # Weights read from a file lie at other addresses, for which oneDNN can choose another kernel at batch 1.
+    torch.testing.assert_close(answer.logits, expected.logits)
     other = ExitConfig(thresholds=[0.1, 0.1, 0.1])
     assert ScanForImageClassification.from_pretrained(tmp_path, exit_config=other).exit_config == other
     # Thresholds of other weights do not stay behind.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
-from hf_scan import ExitConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
 
 from .conftest import random_scan_model
 
@@ -17,6 +17,11 @@ def rows(count: int, seed: int = 0) -> list[dict]:
     pixels = torch.randn(count, 3, 16, 16, generator=generator)
     pixels += torch.randn(5, 3, 1, 1, generator=torch.Generator().manual_seed(9))[labels] * 3
     return [{"pixel_values": x, "labels": int(y)} for x, y in zip(pixels, labels)]
+
+
+def fresh_model() -> ScanForImageClassification:
+    torch.manual_seed(0)
+    return ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=5, image_size=16))
 
 
 def arguments(tmp_path, **kwargs) -> ScanTrainingArguments:
@@ -42,7 +47,7 @@ def test_every_parameter_is_trained_and_every_term_logged(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    model = random_scan_model()
+    model = fresh_model()
     args = arguments(tmp_path, max_steps=40, learning_rate=3e-3, per_device_eval_batch_size=7)
     trainer = ScanTrainer(model, args, train_dataset=rows(64), eval_dataset=rows(33, seed=1))
     trainer.train()
@@ -56,7 +61,7 @@ def test_evaluation_equals_predict_adaptive(tmp_path):
     """Accuracy, shares and cost of the metric are those of answers that were really given."""
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.5, None, 0.6])
-    dataset = rows(33, seed=1)
+    dataset = [{**row, "pixel_values": torch.randn(3, 16, 16)} for row in rows(33, seed=1)]
     scores = ScanTrainer(model, arguments(tmp_path), eval_dataset=dataset).evaluate()
     answer = model.predict_adaptive(torch.stack([row["pixel_values"] for row in dataset]))
     labels = torch.tensor([row["labels"] for row in dataset])
@@ -94,7 +99,7 @@ def test_gradients_do_not_depend_on_accumulation(tmp_path, scan):
 
 
 def test_a_plain_trainer_trains_every_exit(tmp_path):
-    model = random_scan_model()
+    model = fresh_model()
     args = TrainingArguments(
         str(tmp_path), max_steps=40, learning_rate=3e-3, use_cpu=True, disable_tqdm=True, report_to=[]
     )

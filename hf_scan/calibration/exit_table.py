@@ -106,7 +106,7 @@ def collect_exit_logits(
     """
     if len(dataset) == 0:
         raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
-    digest = hashlib.sha256()
+    digest, labels_digest = hashlib.sha256(), hashlib.sha256()
     logits, labels = [], []
     was_training = model.training
     model.eval()
@@ -114,11 +114,12 @@ def collect_exit_logits(
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
         for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
             digest.update(batch["pixel_values"].contiguous().numpy().tobytes())
-            digest.update(batch["labels"].numpy().tobytes())
+            labels_digest.update(batch["labels"].numpy().tobytes())
             with torch.inference_mode():
                 exit_logits = model(batch["pixel_values"].to(model.device)).exit_logits
             logits.append(torch.stack(exit_logits, dim=1).float().cpu())
             labels.append(batch["labels"])
     finally:
         model.train(was_training)
+    digest.update(labels_digest.digest())
     return ExitTable(torch.cat(logits).numpy(), torch.cat(labels).numpy(), split, digest.hexdigest())

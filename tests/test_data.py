@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from hf_scan.data import create_image_processor, eval_transform, prepare_columns, split_off, train_transform
+
+from .conftest import random_scan_model
+
+
+def pictures(n: int = 40, classes: int = 4, label_feature=None, mode: str = "RGB") -> DatasetDict:
+    rng = np.random.default_rng(0)
+    shape = (12, 10) if mode == "L" else (12, 10, 3)
+    images = [PILImage.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)) for _ in range(n)]
+    feature = label_feature or ClassLabel(names=[f"c{i}" for i in range(classes)])
+    labels = [i % classes for i in range(n)]
+    if feature == Value("string"):
+        labels = [f"c{label}" for label in labels]
+    features = Features({"img": Image(), "fine_label": feature, "id": Value("int64")})
+    rows = Dataset.from_dict({"img": images, "fine_label": labels, "id": list(range(n))}, features=features)
+    return DatasetDict(train=rows)
+
+
+def test_columns_are_renamed():
+    rows = prepare_columns(pictures(), "img", "fine_label")["train"]
+    assert rows.column_names == ["image", "labels"]
+    assert rows.features["labels"].names == ["c0", "c1", "c2", "c3"]
+
+
+@pytest.mark.parametrize("feature", [Value("string"), Value("int64")])
+def test_labels_of_any_kind_become_class_indices(feature):
+    rows = prepare_columns(pictures(label_feature=feature), "img", "fine_label")["train"]
+    assert list(rows["labels"]) == [i % 4 for i in range(40)]
+    assert rows.features["labels"].num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("image_column", "label_column", "message"),
+    [
+        ("image", "fine_label", r"no column 'image'; it has \['img', 'fine_label', 'id'\].*--image_column"),
+        ("img", "label", "no column 'label'.*--label_column"),
+        ("id", "fine_label", "Column 'id' of the 'train' split holds .* expected images"),
+    ],
+)
+def test_wrong_columns(image_column, label_column, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_columns(pictures(), image_column, label_column)
+
+
+def test_one_class():
+    with pytest.raises(ValueError, match=r"holds the only class \['c0'\]; a classifier needs at least two"):
+        prepare_columns(pictures(classes=1), "img", "fine_label")
+
+
+def test_splits_are_disjoint_stratified_and_seeded():
+    rows = pictures().pop("train").rename_column("fine_label", "labels")
+    left, taken = split_off(rows, 0.2, seed=1)
+    assert sorted([*left["id"], *taken["id"]]) == list(range(40))
+    assert np.bincount(taken["labels"]).tolist() == [2, 2, 2, 2]
+    assert list(split_off(rows, 0.2, seed=1)[1]["id"]) == list(taken["id"])
+    assert list(split_off(rows, 0.2, seed=2)[1]["id"]) != list(taken["id"])
+
+
+@pytest.mark.parametrize(("share", "message"), [(1.5, "expected a number between 0 and 1"), (0.01, "cannot be split")])
+def test_bad_shares(share, message):
+    with pytest.raises(ValueError, match=message):
+        split_off(pictures().pop("train").rename_column("fine_label", "labels"), share, seed=0)
+
+
+@pytest.mark.parametrize("backbone", ["cifar_resnet20", "test_resnet", "convnext_atto"])
+def test_preprocessing_is_the_backbones(backbone):
+    """The same picture as timm's own evaluation transform makes."""
+    model = random_scan_model(backbone=backbone, image_size=None)
+    processor = create_image_processor(model)
+    config = timm.data.resolve_model_data_config(model.backbone)
+    image = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8))
+    ours = processor(image, return_tensors="pt")["pixel_values"][0]
+    theirs = timm.data.create_transform(**config, is_training=False)(image)
+    assert ours.shape == theirs.shape
+    # One grey level of 255, where two resizing back ends round differently.
+    assert (ours - theirs).abs().max() < 2 / 255 / min(config["std"])
+    assert processor.image_mean == pytest.approx(list(config["mean"]))
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transforms_make_what_the_network_takes(crop, mode):
+    model = random_scan_model(image_size=16)
+    processor = create_image_processor(model)
+    rows = prepare_columns(pictures(mode=mode), "img", "fine_label")["train"]
+    for transform in (train_transform(processor, crop), eval_transform(processor)):
+        row = rows.with_transform(transform)[3]
+        assert row["pixel_values"].shape == (3, 16, 16)
+        assert row["pixel_values"].dtype == torch.float32
+        assert row["labels"] == 3
+        model.check_pixel_values(row["pixel_values"][None], values=True)
+
+
+def test_training_without_augmentation_is_evaluation():
+    processor = create_image_processor(random_scan_model(image_size=None))
+    image = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    batch = {"image": [image], "labels": [0]}
+    plain = train_transform(processor, "none", flip=False)(batch)["pixel_values"][0]
+    torch.testing.assert_close(plain, eval_transform(processor)(batch)["pixel_values"][0])
+
+
+def test_unknown_crop():
+    with pytest.raises(ValueError, match=r"`crop` is 'round'; expected one of \['none', 'pad', 'resized'\]"):
+        train_transform(create_image_processor(random_scan_model()), "round")
+
+
+def test_no_image_processor_for_other_channels():
+    with pytest.raises(ValueError, match="takes 1 channels; an image processor is only made for 3"):
+        create_image_processor(random_scan_model_with_one_channel())
+
+
+def random_scan_model_with_one_channel():
+    from hf_scan import ScanConfig, ScanForImageClassification
+
+    return ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=3, num_channels=1))

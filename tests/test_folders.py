@@ -1,0 +1,50 @@
+import pytest
+
+from hf_scan.folders import replaced_folder
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_replaces_as_a_whole_and_keeps_what_is_asked(tmp_path):
+    target = tmp_path / "a" / "run"
+    with replaced_folder(target) as folder:
+        (folder / "model").write_text("1")
+        (folder / "old").write_text("1")
+    (target / "checkpoint-5").mkdir()
+    (target / "checkpoint-5" / "state").write_text("5")
+    with replaced_folder(target, keep=["checkpoint-*"]) as folder:
+        (folder / "model").write_text("2")
+        assert contents(target)["model"] == "1"
+    assert contents(target) == {"model": "2", "checkpoint-5/state": "5"}
+    assert [entry.name for entry in target.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_everything_as_it_was(tmp_path, error):
+    target = tmp_path / "run"
+    with replaced_folder(target) as folder:
+        (folder / "model").write_text("1")
+    with pytest.raises(error):
+        write_half(target, error)
+    assert contents(tmp_path) == {"run/model": "1"}
+    with pytest.raises(error):
+        write_half(tmp_path / "new", error)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def write_half(target, error):
+    with replaced_folder(target) as folder:
+        (folder / "model").write_text("half")
+        raise error
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with (
+        pytest.raises(NotADirectoryError, match="is a file; expected a folder to replace"),
+        replaced_folder(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "run").read_text() == "mine"

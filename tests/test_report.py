@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_scan import ExitConfig
+from hf_scan.costs import MeasuredTimes, count_macs
+from hf_scan.model_card import create_model_card
+from hf_scan.report import exit_report, exit_table, speedup_lines
+
+from .conftest import random_scan_model
+
+
+SCORES = {
+    "exit_0_accuracy": 0.5,
+    "exit_1_accuracy": 0.6,
+    "exit_2_accuracy": 0.7,
+    "ensemble_accuracy": 0.75,
+    "adaptive_accuracy": 0.65,
+    "exit_0_share": 0.5,
+    "exit_1_share": 0.2,
+    "exit_2_share": 0.2,
+    "ensemble_share": 0.1,
+    "mean_cost": 0.625,
+}
+TIMES = [MeasuredTimes(8, plain=4.0, exits=[1.0, 2.0, 5.0, 5.0], adaptive=2.5, shares=[0.5, 0.5, 0.0, 0.0])]
+FACTS = {"dataset": "letters", "splits": {"train": 10, "search": 4, "test": 6}}
+
+
+def calibrated():
+    model = random_scan_model()
+    search = {"method": "genetic", "beta": 0.5, "seed": 0, "n": 4, "split": "search", "fingerprint": "ab" * 32}
+    model.exit_config = ExitConfig(thresholds=[0.8, 0.9, 1.0], search=search)
+    return model
+
+
+def test_report_holds_every_figure_once():
+    model = calibrated()
+    report = exit_report(model, SCORES, TIMES, plain_accuracy=0.72)
+    assert [row["name"] for row in report["rows"]] == [
+        "exit 0 (layer1)",
+        "exit 1 (layer2)",
+        "exit 2 (layer3)",
+        "ensemble",
+        "adaptive",
+        "plain backbone",
+    ]
+    macs = count_macs(model)
+    assert [row["macs"] for row in report["rows"][:4]] == macs.cumulative()
+    assert report["rows"][4]["macs"] == pytest.approx(0.625 * macs.plain)
+    assert report["rows"][5] == {
+        "name": "plain backbone",
+        "macs": macs.plain,
+        "accuracy": 0.72,
+        "milliseconds": {"8": 4.0},
+    }
+    assert report["speedup"] == {
+        "predicted from MACs": pytest.approx(1.6),
+        "predicted from milliseconds, batch 8": pytest.approx(4 / 1.5),
+        "realised, batch 8": pytest.approx(1.6),
+    }
+    json.dumps(report)
+
+
+def test_the_table_leaves_out_what_was_not_measured():
+    full = exit_table(exit_report(calibrated(), SCORES, TIMES, plain_accuracy=0.72))
+    assert "| ms, batch 8 |" in full
+    assert "50.00%" in full
+    assert len({len(line) for line in full.splitlines()}) == 1
+    bare = exit_table(exit_report(random_scan_model(), {k: v for k, v in SCORES.items() if "accuracy" in k}))
+    for word in ("ms", "share", "leave", "adaptive"):
+        assert word not in bare
+    assert speedup_lines({"speedup": {}}) == []
+
+
+def test_card_says_what_the_report_says(tmp_path):
+    report = exit_report(calibrated(), SCORES, TIMES, plain_accuracy=0.72)
+    create_model_card(calibrated(), report, FACTS, "org/scan-letters").save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "hf_scan"
+    assert card.data.pipeline_tag == "image-classification"
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["Accuracy, adaptive"] == 0.65
+    assert results["Accuracy, exit 2 (layer3)"] == 0.7
+    assert exit_table(report) in card.text
+    for text in ("[0.8, 0.9, 1.0]", "- search: 4 images", 'from_pretrained("org/scan-letters")', "abab"):
+        assert text in card.text
+    assert "{{" not in card.text
+
+
+def test_card_without_thresholds_times_or_recipe(tmp_path):
+    model = random_scan_model()
+    scores = {name: value for name, value in SCORES.items() if name.endswith("accuracy")}
+    text = str(create_model_card(model, exit_report(model, scores), FACTS, "org/scan-letters"))
+    for heading in ("## Thresholds", "## Recipe", "milliseconds", "speed-up", "seed"):
+        assert heading not in text
