@@ -1,0 +1,176 @@
+"""The scripts as a user starts them, in processes of their own, on a small folder of parquet files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from huggingface_hub import ModelCard
+from PIL import Image as PILImage
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory) -> Path:
+    """Four classes of coloured squares, in the columns of CIFAR-100."""
+    folder = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    features = Features({"img": Image(), "fine_label": ClassLabel(names=["red", "green", "blue", "grey"])})
+    for split, n in (("train", 120), ("test", 40)):
+        labels = [i % 4 for i in range(n)]
+        pixels = rng.integers(0, 120, (n, 16, 16, 3))
+        for i, label in enumerate(labels):
+            if label < 3:
+                pixels[i, :, :, label] += 130
+        images = [PILImage.fromarray(image.astype(np.uint8)) for image in pixels]
+        rows = Dataset.from_dict({"img": images, "fine_label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def flags(dataset_folder: Path, output_dir: Path, **changes) -> list[str]:
+    values = {
+        "dataset_name": dataset_folder,
+        "image_column": "img",
+        "label_column": "fine_label",
+        "backbone": "cifar_resnet20",
+        "image_size": 16,
+        "holdout": 0.2,
+        "max_steps": 20,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 0.01,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "use_cpu": True,
+        "output_dir": output_dir,
+        **changes,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def run(*command: str | Path, fails: bool = False) -> str:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": os.environ.get("HF_HOME", ""),
+    }
+    if not environment["HF_HOME"]:
+        del environment["HF_HOME"]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def check_output(folder: Path, processes: int = 1) -> dict:
+    """What a run leaves is whole, and belongs together."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["splits"] == {"train": 96, "test": 40, "search": 24}
+    assert metrics["processes"] == processes
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue", 3: "grey"}
+    assert model.exit_config.search["n"] == 24
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pixel_values = processor([PILImage.new("RGB", (16, 16), (250, 60, 60))], return_tensors="pt")["pixel_values"]
+    assert model.predict_adaptive(pixel_values).logits.isfinite().all()
+    assert ModelCard.load(folder / "README.md").data.eval_results
+    assert not (folder / "training_args.bin").exists()  # which would hold a token, if there was one
+    return metrics
+
+
+def test_train_then_resume(dataset_folder, tmp_path):
+    output = run(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "run"))
+    metrics = check_output(tmp_path / "run")
+    assert metrics["rows"][2]["accuracy"] > 0.6  # four classes: it has learnt
+    assert "| exit 0 (layer1) |" in output
+    # Checkpoints outlive the exchange of the folder, and training goes on from the last.
+    assert (tmp_path / "run" / "checkpoint-20").is_dir()
+    again = flags(dataset_folder, tmp_path / "run", max_steps=30, resume_from_checkpoint="last")
+    run(sys.executable, EXAMPLES / "train.py", *again)
+    assert check_output(tmp_path / "run")["recipe"]["steps"] == 30
+
+
+def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "image_column: img\nlabel_column: fine_label\nbackbone: cifar_resnet20\nexit_points: [layer2]\nholdout: 0.2\n"
+        "max_steps: 99\nuse_cpu: true\nimage_size: 16\nsave_strategy: 'no'\n"
+    )
+    output_dir = tmp_path / "run"
+    run(
+        *(sys.executable, EXAMPLES / "train.py", recipe, "--dataset_name", dataset_folder),
+        *("--output_dir", output_dir, "--max_steps", "2"),
+    )
+    metrics = check_output(output_dir)
+    assert metrics["recipe"]["steps"] == 2
+    assert [row["name"] for row in metrics["rows"][:2]] == ["exit 0 (layer2)", "exit 1 (layer3)"]
+
+
+def test_two_processes(dataset_folder, tmp_path):
+    """Started with torchrun: `accelerate launch --cpu` would run one and say nothing."""
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", EXAMPLES / "train.py"]
+    changes = {"per_device_train_batch_size": 8, "max_steps": 5, "save_strategy": "no"}
+    run(*command, *flags(dataset_folder, tmp_path / "run", **changes))
+    metrics = check_output(tmp_path / "run", processes=2)
+    assert metrics["recipe"]["images a step"] == 16
+
+
+def test_accelerate_launch(dataset_folder, tmp_path):
+    command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", EXAMPLES / "train.py"]
+    run(*command, *flags(dataset_folder, tmp_path / "run", max_steps=2, save_strategy="no"))
+    check_output(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": "coarse_label"}, "has no column 'coarse_label'; it has ['img', 'fine_label']"),
+        ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
+        ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),
+        ({"backbone": "resnet_of_dreams"}, "`backbone` is 'resnet_of_dreams', which timm"),
+        ({"exit_points": "layer9"}, "`exit_points` holds 'layer9', which does not exist."),
+        ({"holdout": "1.5"}, "The share of images to split off is 1.5; expected a number between 0 and 1."),
+    ],
+)
+def test_bad_flags_leave_the_output_folder_alone(dataset_folder, tmp_path, changes, message):
+    mine = tmp_path / "run" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    output = run(
+        sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "run", **changes), fails=True
+    )
+    assert message in output
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_quickstart(tmp_path):
+    """The whole of it with one pass over the images."""
+    folder = tmp_path / "quickstart"
+    output = run(sys.executable, EXAMPLES / "quickstart.py", "--epochs", "1", "--output_dir", folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["splits"] == {"train": 1005, "search": 252, "test": 540}
+    assert {file.name for file in folder.iterdir()} == {
+        *("README.md", "config.json", "exit_config.json", "exits.png", "metrics.json"),
+        *("model.safetensors", "preprocessor_config.json"),
+    }
+    # The last process has loaded the folder and answered.
+    assert "the same as a picture in" in output
+    assert "speed-up realised, batch 64" in output
+    rows = metrics["rows"]
+    assert [row["name"] for row in rows][-2:] == ["adaptive", "plain backbone"]
+    assert sum(row.get("share", 0) for row in rows) == pytest.approx(1)
+    mean = sum(row["share"] * row["macs"] for row in rows if "share" in row)
+    assert rows[-2]["macs"] == pytest.approx(mean, rel=1e-6)
+    assert torch.isfinite(torch.tensor(list(metrics["speedup"].values()))).all()
