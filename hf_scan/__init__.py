@@ -1,20 +1,39 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Early exits for timm backbones: trained with a `Trainer`, shared on the Hub, faster on the clock."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .adaptive import AdaptiveOutput, ExitConfig, apply_exit_rule
-from .calibration import calibrate
 from .configuration_scan import ScanConfig
 from .modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
-from .trainer import ScanTrainer
-from .training_args import ScanTrainingArguments
 
+
+if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .trainer import ScanTrainer
+    from .training_args import ScanTrainingArguments
 
 __version__ = "0.1.0.dev0"
 
 AutoConfig.register(ScanConfig.model_type, ScanConfig)
 AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
+
+# Whoever only answers images does not wait for what trains and searches.
+_IMPORTED_WHEN_USED = {
+    "ScanTrainer": ".trainer",
+    "ScanTrainingArguments": ".training_args",
+    "calibrate": ".calibration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _IMPORTED_WHEN_USED:
+        return getattr(import_module(_IMPORTED_WHEN_USED[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AdaptiveOutput",

@@ -80,7 +80,7 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
 
     >>> costs = count_macs(ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)))
     >>> round(costs.plain / 1e6, 1)
-    41.2
+    40.8
     ```
     """
 

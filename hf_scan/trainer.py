@@ -41,8 +41,9 @@ class ScanTrainer(Trainer):
 
     >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2))
     >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(8)]
-    >>> args = ScanTrainingArguments(output_dir="runs/doc", max_steps=1, report_to=[], save_strategy="no")
-    >>> result = ScanTrainer(model, args, train_dataset=images).train()  # doctest: +SKIP
+    >>> args = ScanTrainingArguments(output_dir="runs/example", max_steps=1, save_strategy="no")
+    >>> result = ScanTrainer(model, args, train_dataset=images).train()
+    {'train_runtime': ...}
     ```
     """
 

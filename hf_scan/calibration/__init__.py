@@ -1,10 +1,10 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Thresholds from cached scores."""
 
-from .calibrate import calibrate
 from .exit_table import ExitTable, collect_exit_logits
 from .genetic import GeneticSearchResult, genetic_search
 from .policy import answering_column, evaluate_policies
+from .thresholds import calibrate
 
 
 __all__ = [

@@ -1,0 +1,49 @@
+import ast
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import hf_scan
+
+
+PACKAGE = Path(hf_scan.__file__).parent
+# In the order in which they may import one another; a checkpoint can carry them.
+PORTABLE = ["configuration_scan", "cifar_backbones", "stages", "exit_heads", "adaptive", "modeling_scan"]
+BROUGHT = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+
+
+@pytest.mark.parametrize("module", PORTABLE)
+def test_portable_modules_import_upwards_and_little(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            assert set(names) <= set(PORTABLE[: PORTABLE.index(module)])
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= BROUGHT | set(sys.stdlib_module_names)
+
+
+def test_answering_does_not_wait_for_what_trains():
+    code = (
+        "import sys, hf_scan; hf_scan.ScanForImageClassification; "
+        "print([m for m in ('datasets', 'evaluate', 'pygad', 'transformers.trainer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(hf_scan, name) for name in hf_scan.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'ScanTrainr'"):
+        hf_scan.ScanTrainr  # noqa: B018
+
+
+def test_version_is_said_once():
+    assert hf_scan.__version__ == version("hf_scan")
+    assert (PACKAGE / "py.typed").is_file()
