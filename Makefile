@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint style clean
+.PHONY: help quickstart test test-lower lint style clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,6 +22,14 @@ quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, s
 test: $(STAMP)   ## Run the tests
 	$(VENV)/bin/python -m pytest
 
+$(VENV)-lower/.installed: pyproject.toml tests/lower_bounds.txt
+	test -x $(VENV)-lower/bin/python || $(PYTHON) -m venv $(VENV)-lower
+	$(VENV)-lower/bin/python -m pip install --quiet --constraint tests/lower_bounds.txt --editable '.[test]'
+	touch $@
+
+test-lower: $(VENV)-lower/.installed ## Run the tests with the oldest versions that are supported
+	$(VENV)-lower/bin/python -m pytest
+
 lint: $(STAMP)   ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -32,4 +40,4 @@ style: $(STAMP)  ## Apply the style
 	$(VENV)/bin/ruff format .
 
 clean:           ## Remove what the other targets made
-	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lower runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

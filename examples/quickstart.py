@@ -32,7 +32,7 @@ import hf_scan
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.costs import describe_machine, measure_times
 from hf_scan.data import create_image_processor, eval_transform, split_off, train_transform
-from hf_scan.folders import replaced_folder
+from hf_scan.folders import check_replaceable, replaced_folder
 from hf_scan.model_card import create_model_card
 from hf_scan.plotting import describe_answers, plot_answers
 from hf_scan.report import exit_report, exit_table, speedup_lines
@@ -63,6 +63,7 @@ def load_splits() -> DatasetDict:
 
 
 def main(output_dir: Path, epochs: int) -> None:
+    check_replaceable(output_dir)
     splits = load_splits()
     set_seed(SEED)
     names = splits["train"].features["labels"].names

@@ -22,9 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.data import create_image_processor, eval_transform, prepare_columns, split_off, train_transform
-from hf_scan.folders import replaced_folder
+from hf_scan.folders import check_replaceable, replaced_folder
 from hf_scan.model_card import create_model_card
 from hf_scan.report import exit_report, exit_table, speedup_lines
+
+
+# What `Trainer` writes while it runs.
+KEPT = ("checkpoint-*", "runs")
 
 
 @dataclass
@@ -36,7 +40,12 @@ class DataArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="test", metadata={"help": "Split for the final figures; it chooses nothing."})
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split for the final figures. Defaults to 'test', else 'validation', else a tenth of train."
+        },
+    )
     holdout: float = field(
         default=0.1, metadata={"help": "Share of the train split that is kept for the threshold search. 0 for none."}
     )
@@ -54,7 +63,9 @@ class ModelArguments:
 
     backbone: str = field(default="cifar_resnet18", metadata={"help": "A model of timm."})
     backbone_kwargs: str = field(default="{}", metadata={"help": "More arguments for timm, as JSON."})
-    exit_points: list[str] | None = field(default=None, metadata={"help": "Names of the modules to exit after."})
+    exit_points: list[str] | None = field(
+        default=None, metadata={"help": "Modules to exit after: names, or indices of taps."}
+    )
     attention_type: str = field(default="separable", metadata={"help": "'separable', 'conv' or 'none'."})
     classifier_type: str = field(default="separable", metadata={"help": "'separable' or 'conv'."})
     head_width: int = field(default=64, metadata={"help": "Channels in separable heads on wide features."})
@@ -73,7 +84,8 @@ def parse_arguments(arguments: list[str]) -> tuple[DataArguments, ModelArguments
             raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; expected a line `flag: value` each.")
         flags: list[str] = []
         for name, value in recipe.items():
-            flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
         arguments = [*flags, *arguments[1:]]
     parser = HfArgumentParser(
         (DataArguments, ModelArguments, ScanTrainingArguments), description=__doc__.splitlines()[0], allow_abbrev=False
@@ -81,19 +93,25 @@ def parse_arguments(arguments: list[str]) -> tuple[DataArguments, ModelArguments
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
-def load_splits(data: DataArguments, seed: int) -> DatasetDict:
-    """The train, search and test splits. Nothing is in two of them."""
+def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
+    """The splits to train, search and test on, and one to watch training by if it is watched. They are disjoint."""
     loaded = load_dataset(data.dataset_name, data.dataset_config_name)
-    for flag, split in (("train_split", data.train_split), ("test_split", data.test_split)):
-        if split not in loaded:
+    test_split = data.test_split or next((name for name in ("test", "validation") if name in loaded), None)
+    for flag, split in (("train_split", data.train_split), ("test_split", test_split)):
+        if split is not None and split not in loaded:
             raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {list(loaded)}. Set `--{flag}`.")
-    splits = prepare_columns(
-        DatasetDict(train=loaded[data.train_split], test=loaded[data.test_split]), data.image_column, data.label_column
-    )
-    if data.train_split == data.test_split:
-        raise ValueError(f"`--train_split` and `--test_split` are both {data.train_split!r}; expected two splits.")
+    if data.train_split == test_split:
+        raise ValueError(f"`--train_split` and `--test_split` are both {test_split!r}; expected two splits.")
+    chosen = {"train": loaded[data.train_split]}
+    if test_split is not None:
+        chosen["test"] = loaded[test_split]
+    splits = prepare_columns(DatasetDict(chosen), data.image_column, data.label_column)
+    if test_split is None:
+        splits["train"], splits["test"] = split_off(splits["train"], 0.1, seed)
     if data.holdout:
         splits["train"], splits["search"] = split_off(splits["train"], data.holdout, seed)
+        if validate:
+            splits["train"], splits["validation"] = split_off(splits["train"], data.holdout, seed)
     for split, most in (("train", data.max_train_samples), ("test", data.max_test_samples)):
         if most is not None:
             splits[split] = splits[split].select(range(min(most, len(splits[split]))))
@@ -102,15 +120,20 @@ def load_splits(data: DataArguments, seed: int) -> DatasetDict:
 
 def main() -> None:
     data, network, args = parse_arguments(sys.argv[1:])
+    if args.push_to_hub:
+        raise ValueError("`--push_to_hub` is not supported by this script. Load the result and call `push_to_hub`.")
+    if args.eval_strategy != "no" and not data.holdout:
+        raise ValueError("`--eval_strategy` needs images that are not trained on; set `--holdout` above 0.")
+    check_replaceable(args.output_dir, KEPT)
     set_seed(args.seed)
     with args.main_process_first(desc="loading the dataset"):
-        splits = load_splits(data, args.seed)
+        splits = load_splits(data, args.seed, validate=args.eval_strategy != "no")
     names = splits["train"].features["labels"].names
     model = ScanForImageClassification(
         ScanConfig(
             backbone=network.backbone,
             backbone_kwargs=json.loads(network.backbone_kwargs),
-            exit_points=network.exit_points,
+            exit_points=[int(point) if point.isdigit() else point for point in network.exit_points or []] or None,
             attention_type=network.attention_type,
             classifier_type=network.classifier_type,
             head_width=network.head_width,
@@ -124,7 +147,7 @@ def main() -> None:
     train = splits["train"].with_transform(augment)
     held_out = {name: splits[name].with_transform(eval_transform(processor)) for name in splits if name != "train"}
     trainer = ScanTrainer(
-        model, args, train_dataset=train, eval_dataset=held_out.get("search"), processing_class=processor
+        model, args, train_dataset=train, eval_dataset=held_out.get("validation"), processing_class=processor
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and checkpoint.lower() in ("true", "last"):
@@ -155,7 +178,7 @@ def main() -> None:
                 "weights": f"label {args.label_weight}, soft label {args.soft_label_weight}, hint {args.hint_weight}",
             },
         }
-        with replaced_folder(args.output_dir, keep=("checkpoint-*", "runs")) as folder:
+        with replaced_folder(args.output_dir, KEPT) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")

@@ -96,7 +96,8 @@ class ExitConfig:
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"ExitConfig has no {unknown}; expected some of {sorted(known)}.")
         if kwargs.get("thresholds") is not None:
-            kwargs["thresholds"] = list(kwargs["thresholds"])  # a tuple or an array will do
+            # A tuple, an array or a tensor will do.
+            kwargs["thresholds"] = [None if t is None else float(t) for t in kwargs["thresholds"]]
         return replace(self, **kwargs)
 
     @classmethod

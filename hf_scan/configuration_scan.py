@@ -10,6 +10,9 @@ from huggingface_hub.dataclasses import strict
 from timm.models import build_model_with_cfg, is_model
 from transformers import PreTrainedConfig
 
+# Registers the CIFAR networks with timm. In this form, Transformers sees that a checkpoint with code needs the file.
+from .cifar_backbones import CifarResNet  # noqa: F401
+
 
 # A configuration is data from a stranger. These arguments of timm would make it download, read a path or unpickle.
 # They are taken from timm's own signatures, so that a release of timm that adds one is covered too.

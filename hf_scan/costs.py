@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """What each exit costs: multiplications counted, milliseconds measured."""
 
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -189,11 +190,11 @@ def measure_times(
     own = model.exit_config.resolve(num_exits)
 
     def leaving_at(index: int) -> ExitConfig:
-        # Switched-off exits stay off, and heads that run for the ensemble run.
-        passed = [
-            None if threshold is None and earlier < num_exits - 1 else 1.0 for earlier, threshold in enumerate(own)
-        ]
-        return ExitConfig(thresholds=[*passed[:index], 0.0, *passed[index + 1 :]][:num_exits])
+        # Switched-off exits stay off, heads that run for the ensemble run,
+        # and a decision that is made is made: above the largest number below 1 there is no confidence.
+        never = math.nextafter(1.0, 0.0)
+        passed = [threshold if threshold is None or threshold == 1 else never for threshold in own]
+        return model.exit_config.update(thresholds=[*passed[:index], 0.0, *passed[index + 1 :]][:num_exits])
 
     def over(call: Callable[[torch.Tensor], object]) -> Callable[[], None]:
         def run() -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def create_image_processor(model: "ScanForImageClassification") -> BaseImageProcessor:
     """
     The preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
-    `AutoImageProcessor` and `pipeline("image-classification")` find it.
+    `AutoImageProcessor` and `pipeline("image-classification")` find it. It is timm's own evaluation transform, but for
+    one row and column of pixels where the margin around the centre crop is odd (0.95 of 224, say).
 
     Args:
         model ([`ScanForImageClassification`]): Its backbone's `pretrained_cfg` gives crop, interpolation, mean and
@@ -55,7 +56,8 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
         label_column (`str`): Name of the column of classes: a `ClassLabel`, numbers or strings.
 
     Raises:
-        `ValueError`: if a column is missing, is of another kind, or holds fewer than two classes.
+        `ValueError`: if a column is missing or of another kind, rows have no label, the first split holds fewer than
+            two classes, or splits differ in their classes.
     """
     for split, rows in dataset.items():
         for name, kind in ((image_column, "image"), (label_column, "label")):
@@ -72,17 +74,28 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
     dataset = dataset.select_columns([image_column, label_column])
     dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
     first = next(iter(dataset.values()))
-    if not isinstance(first.features["labels"], ClassLabel):
-        names = sorted({str(label) for rows in dataset.values() for label in rows.unique("labels")})
-        to_index = ClassLabel(names=names)
-        dataset = dataset.map(lambda row: {"labels": to_index.str2int(str(row["labels"]))}).cast_column(
-            "labels", to_index
-        )
-        first = next(iter(dataset.values()))
-    if first.features["labels"].num_classes < 2:
+    values = {split: rows.unique("labels") for split, rows in dataset.items()}
+    for split, found in values.items():
+        if None in found or -1 in found:
+            raise ValueError(
+                f"Column {label_column!r} of the {split!r} split has rows without a label (None or -1). Remove them."
+            )
+        if dataset[split].features["labels"] != first.features["labels"]:
+            raise ValueError(
+                f"Column {label_column!r} holds {first.features['labels']} in one split and "
+                f"{dataset[split].features['labels']} in {split!r}; expected the same classes, in the same order."
+            )
+    seen = next(iter(values.values()))
+    if len(seen) < 2:
         raise ValueError(
-            f"Column {label_column!r} holds the only class {first.features['labels'].names}; a classifier needs at "
-            "least two. Name the right column with `--label_column`."
+            f"Column {label_column!r} holds {len(seen)} class, {seen}; a classifier needs at least two. Name the "
+            "right column with `--label_column`."
+        )
+    if not isinstance(first.features["labels"], ClassLabel):
+        classes = sorted({label for found in values.values() for label in found})  # numbers as numbers
+        index = {label: position for position, label in enumerate(classes)}
+        dataset = dataset.map(lambda row: {"labels": index[row["labels"]]}).cast_column(
+            "labels", ClassLabel(names=[str(label) for label in classes])
         )
     return dataset
 
@@ -123,19 +136,19 @@ def train_transform(
 
     Args:
         processor: The image processor, whose size, interpolation, mean and standard deviation are used.
-        crop (`str`, *optional*, defaults to `"pad"`): `"pad"` resizes, pads by an eighth and crops at random, as is
-            usual for small images; `"resized"` crops a random part and resizes it, as is usual for ImageNet; `"none"`
-            only resizes.
+        crop (`str`, *optional*, defaults to `"pad"`): `"pad"` resizes the shorter edge, pads by an eighth and crops at
+            random, as is usual for small images; `"resized"` crops a random part and resizes it, as is usual for
+            ImageNet; `"none"` takes the same part as the processor.
         flip (`bool`, *optional*, defaults to `True`): Whether to mirror half of the images.
     """
-    size = (processor.size["shortest_edge"],) * 2
+    size = processor.size["shortest_edge"]
     interpolation = {0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR}.get(
         int(processor.resample), InterpolationMode.BICUBIC
     )
     crops: dict[str, list[torch.nn.Module]] = {
-        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=size[0] // 8)],
+        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=size // 8)],
         "resized": [v2.RandomResizedCrop(size, interpolation=interpolation)],
-        "none": [v2.Resize(size, interpolation)],
+        "none": [v2.Resize(int(size / processor.crop_pct), interpolation), v2.CenterCrop(size)],
     }
     if crop not in crops:
         raise ValueError(f"`crop` is {crop!r}; expected one of {sorted(crops)}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
     """
     Gives a new folder to write into, which takes the place of `path` once the block ends without an error. After an
-    error `path` is as it was.
+    error in the block `path` is as it was.
 
     Args:
         path (`str` or `Path`): The folder to make or to replace. Its parents are made when missing.
@@ -23,7 +23,7 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
         `Path`: the folder to write into, beside `path`.
 
     Raises:
-        `NotADirectoryError`: if `path` is a file.
+        `OSError`: as [`check_replaceable`].
 
     Example:
 
@@ -39,9 +39,7 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
     ['metrics.json']
     ```
     """
-    path = Path(path).absolute()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
+    path = check_replaceable(path, keep)
     path.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system, so that the exchange is a rename.
     workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -67,3 +65,32 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
             workshop.rmdir()
         raise
     shutil.rmtree(workshop)
+
+
+def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
+    """
+    Refuses to replace what is not a run's own folder. Called before long work, it saves the work.
+
+    Args:
+        path (`str` or `Path`): The folder to replace.
+        keep (`Sequence[str]`, *optional*): As for [`replaced_folder`].
+
+    Returns:
+        `Path`: the absolute path.
+
+    Raises:
+        `NotADirectoryError`: if `path` is a file.
+        `FileExistsError`: if `path` is the working folder or one around it, or holds things but neither a
+            `config.json` nor anything to keep.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
+    if Path.cwd().is_relative_to(path):
+        raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
+    ours = ("config.json", *keep)
+    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(pattern)) for pattern in ours):
+        raise FileExistsError(
+            f"{path} holds files but no model, and would be replaced as a whole. Choose another path, or empty it."
+        )
+    return path

@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from . import cifar_backbones  # noqa: F401  (registers the CIFAR networks with timm)
 from .adaptive import EXIT_CONFIG_NAME, AdaptiveInferenceMixin, ExitConfig
 from .configuration_scan import ScanConfig
 from .exit_heads import ExitHead
 from .stages import cut_into_stages
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -85,21 +87,15 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
         self.num_labels = config.num_labels
-        # Typed so that timm's own methods are known to exist.
-        self.backbone: Any = timm.create_model(
-            config.backbone,
-            pretrained=False,
-            num_classes=config.num_labels,
-            in_chans=config.num_channels,
-            **config.backbone_kwargs,
-        )
+        self.backbone = _create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
         if not any(parameter.is_meta for parameter in self.backbone.parameters()):
             for module in self.backbone.modules():
                 module._is_hf_initialized = True
 
-        self.stages = cut_into_stages(self.backbone, config.exit_points)
+        config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
+        self.stages = cut_into_stages(self.backbone, config.exit_points, config.image_size)
         deepest = self.stages[-1]
         self.exit_heads = nn.ModuleList(
             ExitHead(
@@ -115,7 +111,6 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             for stage in self.stages[:-1]
         )
         config.exit_points = [stage.modules[-1] for stage in self.stages[:-1]]
-        config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
         self.exit_config = ExitConfig()
         self.post_init()
 
@@ -214,6 +209,11 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; {expected}. Prepare images with the model's "
                 "image processor."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.dtype}; expected floating-point numbers as the model's image "
+                "processor makes them."
+            )
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
         if values and not torch.stack(pixel_values.aminmax()).isfinite().all():
@@ -268,6 +268,12 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             exit_config = ExitConfig.from_pretrained(
                 pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
             )
+            if exit_config.thresholds is not None and (info["mismatched_keys"] or info["missing_keys"]):
+                logger.warning(
+                    "Some weights are new, so the checkpoint's thresholds do not belong to them and are left out. "
+                    "Find others with `hf_scan.calibrate` once the model is trained."
+                )
+                exit_config = ExitConfig(fallback=exit_config.fallback)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config
@@ -281,11 +287,13 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """As [`~transformers.PreTrainedModel.save_pretrained`], with `exit_config.json` beside the weights."""
+        if self.exit_config.thresholds is not None:
+            self.exit_config.resolve(self.num_exits)  # before anything is written
         names = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")
         hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            if self.exit_config.thresholds is not None:
+            if self.exit_config != ExitConfig():
                 self.exit_config.save_pretrained(save_directory)
             else:
                 # Thresholds that were found for other weights must not be loaded with these.
@@ -294,6 +302,21 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             # Not left to `super()`, which would upload before the exit configuration is written.
             hub_kwargs.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
+
+
+def _create_backbone(config: ScanConfig) -> Any:
+    kwargs = dict(config.backbone_kwargs)
+    try:
+        pretrained_cfg = timm.get_pretrained_cfg(config.backbone)
+        if config.image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+            kwargs.setdefault("img_size", config.image_size)
+        return timm.create_model(
+            config.backbone, pretrained=False, num_classes=config.num_labels, in_chans=config.num_channels, **kwargs
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot make {config.backbone!r} with {kwargs}: {error}. Correct `backbone_kwargs`."
+        ) from error
 
 
 __all__ = ["ScanForImageClassification", "ScanImageClassifierOutput"]

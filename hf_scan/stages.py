@@ -41,7 +41,9 @@ class Stage:
         return feature
 
 
-def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -> list[Stage]:
+def cut_into_stages(
+    backbone: Any, exit_points: list[int | str] | None = None, image_size: int | None = None
+) -> list[Stage]:
     """
     Cuts a timm model after each exit point. The last stage ends where the model's own head begins.
 
@@ -49,6 +51,8 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
         backbone (`torch.nn.Module`): A model of timm, on any device, the meta device included.
         exit_points (`list[int | str]`, *optional*): Indices into the model's `feature_info`, or module names that
             stand there, from shallow to deep. Defaults to those of [`default_exit_points`].
+        image_size (`int`, *optional*): Height and width of the images. Defaults to what the model was made for; only
+            models that take no other size care.
 
     Returns:
         `list[Stage]`: One more than exit points.
@@ -60,7 +64,7 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
     name = type(backbone).__name__
     taps = _taps(backbone)
     chosen = default_exit_points(backbone) if exit_points is None else _resolve(exit_points, taps, name)
-    calls, image, feature = _trace(backbone)
+    calls, image, feature = _trace(backbone, image_size)
     chain = _follow_back(calls, image, feature, [tap["module"] for tap in chosen], name)
 
     stages, start = [], 0
@@ -131,7 +135,7 @@ class _Features(nn.Module):
         return self.backbone.forward_features(image)
 
 
-def _trace(backbone: Any) -> tuple[list[_Call], torch.Tensor, torch.Tensor]:
+def _trace(backbone: Any, image_size: int | None) -> tuple[list[_Call], torch.Tensor, torch.Tensor]:
     """Records every call of a module in one forward pass, in the order in which the calls end."""
     calls: list[_Call] = []
     running: list[_Call] = []
@@ -156,6 +160,7 @@ def _trace(backbone: Any) -> tuple[list[_Call], torch.Tensor, torch.Tensor]:
 
     channels, height, width = backbone.pretrained_cfg["input_size"]
     channels = getattr(backbone, "in_chans", channels)
+    height, width = (image_size or height), (image_size or width)
     weights = {
         f"backbone.{name}": tensor.detach().to("meta") for name, tensor in backbone.state_dict(keep_vars=True).items()
     }

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .adaptive import EXIT_CONFIG_NAME
+from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
 from .data import create_image_processor
 from .losses import SelfDistillationLoss
 from .metrics import ScanAccuracy
+from .modeling_scan import ScanForImageClassification
 from .training_args import ScanTrainingArguments
 
 
@@ -25,8 +27,9 @@ class ScanTrainer(Trainer):
     Trains a [`ScanForImageClassification`] by self-distillation, under any launcher that `Trainer` knows.
 
     It logs every term of the loss for every exit, and evaluates with [`~hf_scan.metrics.ScanAccuracy`] unless given
-    another `compute_metrics`. Where no `processing_class` is given, the backbone's own preprocessing is saved with
-    the model.
+    another `compute_metrics`; its `predict` then returns the classes and confidences of
+    [`~hf_scan.calibration.exit_table.exit_columns`]. Where no `processing_class` is given, the backbone's own
+    preprocessing is saved with the model. Training drops the model's thresholds, which were found for other weights.
 
     Args:
         model ([`ScanForImageClassification`]): The network.
@@ -59,6 +62,13 @@ class ScanTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or ScanTrainingArguments(output_dir="tmp_trainer")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would take the place of self-distillation. Use a plain `Trainer`.")
+        if args.batch_eval_metrics and kwargs.get("compute_metrics") is None:
+            raise ValueError(
+                "`batch_eval_metrics` needs a `compute_metrics` that adds up batches; the exits' scores are computed "
+                "from all of them. Pass your own, or leave `batch_eval_metrics` out."
+            )
         if processing_class is None and isinstance(model, PreTrainedModel) and model.config.num_channels == 3:
             processing_class = create_image_processor(model)
         self._scores_exits = kwargs.get("compute_metrics") is None
@@ -76,6 +86,20 @@ class ScanTrainer(Trainer):
         # Sums since the last log, on the device: reading them at each step would wait for it.
         self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._term_steps = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Thresholds that were found for other weights do not survive training.
+        if isinstance(self.model, ScanForImageClassification):
+            self.model.exit_config = ExitConfig(fallback=self.model.exit_config.fallback)
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Each process has its own batch norm statistics after a step, and the first one's are saved. What is scored
+        # must be what is saved.
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
         self,

@@ -130,7 +130,8 @@ def test_the_models_own_configuration_is_the_default(images):
     model.exit_config = ExitConfig(thresholds=[0.0, 0.0, 0.0])
     assert model.predict_adaptive(images).exit_index.unique().tolist() == [0]
     assert model.predict_adaptive(images, thresholds=[None, 0.0, 0.0]).exit_index.unique().tolist() == [1]
-    assert model.predict_adaptive(images, thresholds=np.zeros(2)).exit_index.unique().tolist() == [0]
+    for zeros in ((0, 0), np.zeros(2, dtype=np.float32), torch.zeros(2)):
+        assert model.predict_adaptive(images, thresholds=zeros).exit_index.unique().tolist() == [0]
     assert model.exit_config.thresholds == [0.0, 0.0, 0.0]
 
 

@@ -133,6 +133,13 @@ def test_calibrate_predicts_what_predict_adaptive_does(fallback):
     assert config.fallback == fallback
 
 
+def test_half_precision_models_and_images(model):
+    table = collect_exit_logits(random_scan_model().half(), dataset())
+    assert table.logits.dtype == np.float32
+    # Half precision has three digits.
+    assert np.abs(table.logits - collect_exit_logits(model, dataset()).logits).mean() < 0.05
+
+
 def test_empty_split(model):
     with pytest.raises(ValueError, match="The 'search' split is empty"):
         calibrate(model, [])

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from hf_scan import ScanConfig
@@ -69,5 +70,5 @@ def test_sizes_are_positive(field):
 
 
 def test_unknown_attention_is_refused():
-    with pytest.raises(Exception, match="attention_type"):
+    with pytest.raises(StrictDataclassFieldValidationError, match="attention_type"):
         ScanConfig(attention_type="hard")

@@ -1,7 +1,9 @@
 """The scripts as a user starts them, in processes of their own, on a small folder of parquet files."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_scan.calibration import collect_exit_logits
+from hf_scan.data import eval_transform
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -121,10 +126,23 @@ def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
 def test_two_processes(dataset_folder, tmp_path):
     """Started with torchrun: `accelerate launch --cpu` would run one and say nothing."""
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", EXAMPLES / "train.py"]
-    changes = {"per_device_train_batch_size": 8, "max_steps": 5, "save_strategy": "no"}
-    run(*command, *flags(dataset_folder, tmp_path / "run", **changes))
+    changes = {"per_device_train_batch_size": 8, "max_steps": 5, "save_strategy": "no", "logging_steps": 5}
+    output = run(*command, *flags(dataset_folder, tmp_path / "run", **changes))
     metrics = check_output(tmp_path / "run", processes=2)
     assert metrics["recipe"]["images a step"] == 16
+    # The terms are means over the processes, as the loss is.
+    (line,) = re.findall(r"{'loss'.*?}", output)
+    logs = {name: float(value) for name, value in ast.literal_eval(line).items()}
+    assert sum(value for name, value in logs.items() if name.startswith("exit_")) == pytest.approx(
+        logs["loss"], rel=2e-3
+    )
+    # What was scored, with both processes, is what was saved: the first one's batch norm statistics.
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    rows = load_dataset(str(dataset_folder), split="test").rename_columns({"img": "image", "fine_label": "labels"})
+    test = rows.with_transform(eval_transform(AutoImageProcessor.from_pretrained(tmp_path / "run")))
+    table = collect_exit_logits(model, test, "test")
+    accuracies = (table.logits.argmax(-1) == table.labels[:, None]).mean(axis=0)
+    assert [row["accuracy"] for row in metrics["rows"][:3]] == pytest.approx(accuracies.tolist())
 
 
 def test_accelerate_launch(dataset_folder, tmp_path):
@@ -137,6 +155,7 @@ def test_accelerate_launch(dataset_folder, tmp_path):
     ("changes", "message"),
     [
         ({"label_column": "coarse_label"}, "has no column 'coarse_label'; it has ['img', 'fine_label']"),
+        ({"push_to_hub": True}, "`--push_to_hub` is not supported by this script"),
         ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
         ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),
         ({"backbone": "resnet_of_dreams"}, "`backbone` is 'resnet_of_dreams', which timm"),
@@ -145,14 +164,29 @@ def test_accelerate_launch(dataset_folder, tmp_path):
     ],
 )
 def test_bad_flags_leave_the_output_folder_alone(dataset_folder, tmp_path, changes, message):
-    mine = tmp_path / "run" / "mine"
-    mine.parent.mkdir()
-    mine.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("kept")
     output = run(
         sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "run", **changes), fails=True
     )
     assert message in output
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_folder_of_images(tmp_path):
+    """One folder a class and no test split: a tenth is split off, and training is watched on images of its own."""
+    rng = np.random.default_rng(0)
+    for index, label in enumerate(("cat", "dog")):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(50):
+            pixels = rng.integers(0, 120, (20, 24, 3)) + 120 * np.eye(3, dtype=int)[index]
+            PILImage.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{number}.png")
+    changes = {"image_column": "image", "label_column": "label", "max_steps": 2, "save_strategy": "no"}
+    changes |= {"eval_strategy": "steps", "eval_steps": 1, "exit_points": 1}
+    run(sys.executable, EXAMPLES / "train.py", *flags(tmp_path / "images", tmp_path / "run", **changes))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["splits"] == {"train": 57, "test": 10, "search": 18, "validation": 15}
+    assert metrics["rows"][0]["name"] == "exit 0 (layer2)"
 
 
 def test_quickstart(tmp_path):

@@ -11,7 +11,7 @@ def test_replaces_as_a_whole_and_keeps_what_is_asked(tmp_path):
     target = tmp_path / "a" / "run"
     with replaced_folder(target) as folder:
         (folder / "model").write_text("1")
-        (folder / "old").write_text("1")
+        (folder / "config.json").write_text("1")
     (target / "checkpoint-5").mkdir()
     (target / "checkpoint-5" / "state").write_text("5")
     with replaced_folder(target, keep=["checkpoint-*"]) as folder:
@@ -25,10 +25,10 @@ def test_replaces_as_a_whole_and_keeps_what_is_asked(tmp_path):
 def test_an_error_leaves_everything_as_it_was(tmp_path, error):
     target = tmp_path / "run"
     with replaced_folder(target) as folder:
-        (folder / "model").write_text("1")
+        (folder / "config.json").write_text("1")
     with pytest.raises(error):
         write_half(target, error)
-    assert contents(tmp_path) == {"run/model": "1"}
+    assert contents(tmp_path) == {"run/config.json": "1"}
     with pytest.raises(error):
         write_half(tmp_path / "new", error)
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
@@ -48,3 +48,18 @@ def test_a_file_is_not_replaced(tmp_path):
     ):
         pass
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_what_is_not_a_runs_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with (
+        pytest.raises(FileExistsError, match="holds files but no model, and would be replaced"),
+        replaced_folder(tmp_path),
+    ):
+        pass
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for path in (".", "..", tmp_path):
+        with pytest.raises(FileExistsError, match="holds the working folder"), replaced_folder(path):
+            pass
+    assert contents(tmp_path) == {"thesis.txt": "mine"}

@@ -55,7 +55,7 @@ def test_the_gradient_of_the_soft_labels_hardly_depends_on_the_temperature():
         terms = SelfDistillationLoss(temperature=temperature)(logits, features, labels)
         terms["exit_0_soft_label_loss"].backward()
         gradients.append(logits[0].grad)
-    torch.testing.assert_close(*gradients, rtol=0.05, atol=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
 
 
 def test_weight_0_leaves_a_term_out():

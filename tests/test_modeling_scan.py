@@ -1,5 +1,8 @@
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -48,8 +51,15 @@ def test_save_and_load_give_the_same_bits(name, tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(loaded) is ScanForImageClassification
     assert not loaded.training
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    buffers = zip(loaded.buffers(), model.buffers())
+    assert all(torch.equal(a, b) for a, b in buffers)  # those that no file holds too
+    # Weights read from a file lie at other addresses, for which oneDNN can choose another kernel. A copy's do not.
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(loaded(images).exit_logits, model(images).exit_logits))
+        answers, expected = copy.deepcopy(loaded)(images).exit_logits, model(images).exit_logits
+    torch.testing.assert_close(answers, expected)
 
 
 def test_a_timm_checkpoint_loads_unchanged():
@@ -104,7 +114,33 @@ def test_exit_config_travels_with_the_weights(tmp_path, images):
     assert ScanForImageClassification.from_pretrained(tmp_path).exit_config == ExitConfig()
 
 
+def test_exit_config_is_there_before_anything_is_pushed(tmp_path, monkeypatch):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4, 0.5])
+    pushed = {}
+
+    def push_to_hub(repo_id, **kwargs):
+        pushed[repo_id] = (tmp_path / "exit_config.json").is_file()
+
+    monkeypatch.setattr(model, "push_to_hub", push_to_hub)
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/scan")
+    assert pushed == {"me/scan": True}
+
+
+def test_thresholds_do_not_stay_with_new_weights(tmp_path):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4], fallback="deepest")
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert loaded.exit_config == ExitConfig(fallback="deepest")
+
+
 def test_exit_config_of_another_network_is_refused(tmp_path):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5] * 9)
+    with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     random_scan_model().save_pretrained(tmp_path)
     ExitConfig(thresholds=[0.5] * 9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
@@ -140,11 +176,21 @@ def test_pipeline_and_image_processor(tmp_path):
     assert top[0]["label"] == model.config.id2label[int(logits.argmax())]
 
 
-def test_half_precision_and_compile_and_copy(images):
+def test_half_precision(images):
+    model = random_scan_model().half()
+    assert model.predict_adaptive(images.half(), thresholds=[0.4, 0.4]).logits.dtype == torch.float16
+
+
+def test_compiles_as_a_whole(images):
     model = random_scan_model()
-    assert model.half().predict_adaptive(images.half(), thresholds=[0.4, 0.4]).logits.dtype == torch.float16
-    twin = copy.deepcopy(model.float())
-    twin.backbone.conv1.weight.data.zero_()  # a copy's stages run its own modules
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images).exit_logits, model(images).exit_logits)
+
+
+def test_a_copy_runs_its_own_modules(images):
+    model = random_scan_model()
+    twin = copy.deepcopy(model)
+    twin.backbone.conv1.weight.data.zero_()
     assert not torch.equal(twin(images).logits, model(images).logits)
 
 
@@ -161,6 +207,56 @@ def test_bad_shapes(model, shape, message):
     for call in (model, lambda pixels: model.predict_adaptive(pixels, thresholds=[0.5, 0.5])):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
+
+
+def test_pixels_that_are_no_floats(model):
+    with pytest.raises(ValueError, match=r"holds torch\.uint8; expected floating-point numbers"):
+        model(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_unknown_backbone_arguments():
+    with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {'depth': 3}: .* Correct"):
+        ScanForImageClassification(ScanConfig(backbone="resnet18", backbone_kwargs={"depth": 3}))
+
+
+def test_a_backbone_of_fixed_size_is_made_for_the_image_size():
+    config = ScanConfig(backbone="swin_tiny_patch4_window7_224", num_labels=3, image_size=112)
+    model = ScanForImageClassification(config).eval()
+    images = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model.backbone(images))
+
+
+def test_code_in_the_checkpoint_is_enough(tmp_path):
+    """Saved with its code, it answers where `hf_scan` is not installed. In processes of their own: registering
+    marks the class for good."""
+    save = f"""
+import torch
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+ScanConfig.register_for_auto_class()
+ScanForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+torch.manual_seed(0)
+model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=4)).eval()
+model.exit_config = ExitConfig(thresholds=[0.3, 0.3, 0.3])
+model.save_pretrained({str(tmp_path)!r})
+print(model.predict_adaptive(torch.ones(2, 3, 32, 32)).exit_index.tolist())
+"""
+    load = f"""
+import sys
+sys.modules["hf_scan"] = None
+import torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+print(model.predict_adaptive(torch.ones(2, 3, 32, 32)).exit_index.tolist())
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    answers = []
+    for code in (save, load):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers.append(done.stdout.splitlines()[-1])
+    assert answers[0] == answers[1]
 
 
 def test_non_finite_pixels(model, images):

@@ -92,6 +92,8 @@ def test_gradients_do_not_depend_on_accumulation(tmp_path, scan):
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.train = lambda mode=True, module=module: module
+        # Then the Trainer scales only as the flag tells it to.
+        model.accepts_loss_kwargs = scan
         trainer = (ScanTrainer if scan else Trainer)(model, args, train_dataset=rows(8))
         trainer.train()
         norms.append(trainer.state.log_history[0]["grad_norm"])
@@ -132,17 +134,43 @@ def test_own_metrics_get_the_array_of_logits(tmp_path):
 
 def test_what_is_saved_is_a_whole_checkpoint(tmp_path):
     model = random_scan_model()
-    model.exit_config = ExitConfig(thresholds=[0.5, 0.5, 0.5])
     trainer = ScanTrainer(
         model, arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), train_dataset=rows(16)
     )
     trainer.train()
     checkpoint = tmp_path / "checkpoint-2"
     loaded = ScanForImageClassification.from_pretrained(checkpoint)
-    assert loaded.exit_config == model.exit_config
     assert AutoImageProcessor.from_pretrained(checkpoint).size["shortest_edge"] == 16
     pixels = torch.stack([row["pixel_values"] for row in rows(4)])
     assert torch.equal(loaded(pixels).logits, copy.deepcopy(model).eval()(pixels).logits)
+
+
+def test_training_drops_thresholds_found_for_other_weights(tmp_path):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5], fallback="deepest")
+    ScanTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(8)).train()
+    assert model.exit_config == ExitConfig(fallback="deepest")
+
+
+def test_a_push_in_training_takes_the_exit_config_along(tmp_path, monkeypatch):
+    trainer = ScanTrainer(random_scan_model(), arguments(tmp_path))
+    ExitConfig(thresholds=[0.5, 0.5]).save_pretrained(tmp_path / "checkpoint-1")
+    seen = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: seen.extend(f.name for f in tmp_path.iterdir()))
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert "exit_config.json" in seen
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "settings", "message"),
+    [
+        ({"compute_loss_func": print}, {}, "would take the place of self-distillation"),
+        ({}, {"batch_eval_metrics": True}, "needs a `compute_metrics` that adds up batches"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(tmp_path, kwargs, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScanTrainer(random_scan_model(), arguments(tmp_path, **settings), **kwargs)
 
 
 def test_labels_out_of_range(tmp_path):

@@ -113,10 +113,10 @@ def collect_exit_logits(
     try:
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
         for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
-            digest.update(batch["pixel_values"].contiguous().numpy().tobytes())
+            digest.update(batch["pixel_values"].float().contiguous().numpy().tobytes())
             labels_digest.update(batch["labels"].numpy().tobytes())
             with torch.inference_mode():
-                exit_logits = model(batch["pixel_values"].to(model.device)).exit_logits
+                exit_logits = model(batch["pixel_values"].to(model.device, model.dtype)).exit_logits
             logits.append(torch.stack(exit_logits, dim=1).float().cpu())
             labels.append(batch["labels"])
     finally:
