@@ -50,9 +50,6 @@ class ScanTrainer(Trainer):
     ```
     """
 
-    # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
-    loss_is_scaled_for_ga = False
-
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -76,6 +73,8 @@ class ScanTrainer(Trainer):
             kwargs["compute_metrics"] = self._compute_exit_metrics
             kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
+        self.model_accepts_loss_kwargs = False
         self.distillation = SelfDistillationLoss(
             label_weight=args.label_weight,
             soft_label_weight=args.soft_label_weight,

@@ -1,7 +1,7 @@
 import ast
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -47,3 +47,9 @@ def test_every_public_name_is_there():
 def test_version_is_said_once():
     assert hf_scan.__version__ == version("hf_scan")
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_lower_bounds_are_those_that_are_tested():
+    pins = (Path(__file__).parent / "lower_bounds.txt").read_text().split()
+    tested = {pin.replace("==", ">=") for pin in pins if "==" in pin}
+    assert {need for need in requires("hf_scan") if "extra" not in need} == tested
