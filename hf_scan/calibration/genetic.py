@@ -106,7 +106,8 @@ def genetic_search(
     baseline = correct[:, -1].mean() if baseline_accuracy is None else baseline_accuracy
 
     def decode(solutions: np.ndarray) -> np.ndarray:
-        return 1 - threshold_range * np.reshape(solutions, (-1, genes, bits)).mean(axis=-1)
+        # Rounded, so that a threshold of 0.83 reads as such wherever it is written.
+        return np.round(1 - threshold_range * np.reshape(solutions, (-1, genes, bits)).mean(axis=-1), 10)
 
     def fitness(algorithm: pygad.GA, solutions: np.ndarray, indices: object) -> list[float]:
         accuracy, cost = evaluate_policies(confidences, correct, costs, decode(np.asarray(solutions)))
