@@ -64,8 +64,9 @@ class SeparableAttention(nn.Module):
         )
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        mask = nn.functional.interpolate(self.mask(feature), size=feature.shape[-2:], mode="bilinear")
-        return feature * mask.sigmoid()
+        # The sigmoid before the enlargement, where there is a quarter of the numbers.
+        mask = self.mask(feature).sigmoid()
+        return feature * nn.functional.interpolate(mask, size=feature.shape[-2:], mode="bilinear")
 
 
 class ConvClassifier(nn.Module):
