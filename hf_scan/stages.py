@@ -161,12 +161,9 @@ def _trace(backbone: Any, image_size: int | None) -> tuple[list[_Call], torch.Te
     channels, height, width = backbone.pretrained_cfg["input_size"]
     channels = getattr(backbone, "in_chans", channels)
     height, width = (image_size or height), (image_size or width)
-    weights = {
-        f"backbone.{name}": tensor.detach().to("meta") for name, tensor in backbone.state_dict(keep_vars=True).items()
-    }
+    tensors = (*backbone.named_parameters(), *backbone.named_buffers())
+    weights = {f"backbone.{name}": tensor.detach().to("meta") for name, tensor in tensors}
     dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
-    # Buffers that a checkpoint does not hold count too.
-    weights |= {f"backbone.{name}": buffer.to("meta") for name, buffer in backbone.named_buffers()}
     image = torch.empty(2, channels, height, width, device="meta", dtype=dtype)
 
     modes = [(module, module.training) for module in backbone.modules()]
