@@ -20,7 +20,8 @@ def create_image_processor(model: "ScanForImageClassification") -> BaseImageProc
     """
     The preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
     `AutoImageProcessor` and `pipeline("image-classification")` find it. It is timm's own evaluation transform, but for
-    one row and column of pixels where the margin around the centre crop is odd (0.95 of 224, say).
+    one row and column of pixels where the margin around the centre crop is odd (0.95 of 224, say), and from 384
+    pixels on, where this processor squeezes the whole image into the square instead of cropping it.
 
     Args:
         model ([`ScanForImageClassification`]): Its backbone's `pretrained_cfg` gives crop, interpolation, mean and
@@ -148,7 +149,9 @@ def train_transform(
     crops: dict[str, list[torch.nn.Module]] = {
         "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=size // 8)],
         "resized": [v2.RandomResizedCrop(size, interpolation=interpolation)],
-        "none": [v2.Resize(int(size / processor.crop_pct), interpolation), v2.CenterCrop(size)],
+        "none": [v2.Resize(int(size / processor.crop_pct), interpolation), v2.CenterCrop(size)]
+        if size < 384
+        else [v2.Resize((size, size), interpolation)],
     }
     if crop not in crops:
         raise ValueError(f"`crop` is {crop!r}; expected one of {sorted(crops)}.")

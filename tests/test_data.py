@@ -114,8 +114,11 @@ def test_transforms_make_what_the_network_takes(crop, mode):
         model.check_pixel_values(row["pixel_values"][None], values=True)
 
 
-def test_training_without_augmentation_is_evaluation():
-    processor = create_image_processor(random_scan_model(backbone="test_resnet", image_size=32))
+@pytest.mark.parametrize("size", [32, 384])  # from 384 on, the processor does not crop
+def test_training_without_augmentation_is_evaluation(size):
+    model = random_scan_model(backbone="test_resnet", image_size=32)
+    model.config.image_size = size
+    processor = create_image_processor(model)
     image = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (64, 44, 3), dtype=np.uint8))
     batch = {"image": [image], "labels": [0]}
     plain = train_transform(processor, "none", flip=False)(batch)["pixel_values"][0]
