@@ -80,16 +80,16 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
 
     Raises:
         `NotADirectoryError`: if `path` is a file.
-        `FileExistsError`: if `path` is the working folder or one around it, or holds things but neither a
-            `config.json` nor anything to keep.
+        `FileExistsError`: if `path` is the working folder or one around it, or holds more than what is kept
+            and no `config.json`.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
     if Path.cwd().is_relative_to(path):
         raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
-    ours = ("config.json", *keep)
-    if path.is_dir() and any(path.iterdir()) and not any(any(path.glob(pattern)) for pattern in ours):
+    kept = {entry for pattern in keep for entry in path.glob(pattern)}
+    if path.is_dir() and set(path.iterdir()) - kept and not (path / "config.json").is_file():
         raise FileExistsError(
             f"{path} holds files but no model, and would be replaced as a whole. Choose another path, or empty it."
         )
