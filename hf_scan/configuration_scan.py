@@ -122,6 +122,13 @@ class ScanConfig(PreTrainedConfig):
                 f"`backbone` is {self.backbone!r}, which timm {timm.__version__} does not know. "
                 "`timm.list_models()` lists the names it knows; a newer timm may know more."
             )
+        try:
+            timm.get_pretrained_cfg(self.backbone)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`backbone` is {self.backbone!r}, whose pretrained tag timm {timm.__version__} does not know. Leave "
+                "the tag out, or choose one that `timm.list_pretrained()` lists."
+            ) from error
 
     def _check_backbone_kwargs(self) -> None:
         refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(self.backbone_kwargs))

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """An output folder is replaced as a whole or not at all."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,14 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
     shutil.rmtree(workshop)
 
 
+def _holds_scan_model(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "scan"
+
+
 def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
     """
     Refuses to replace what is not a run's own folder. Called before long work, it saves the work.
@@ -81,7 +90,7 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
     Raises:
         `NotADirectoryError`: if `path` is a file.
         `FileExistsError`: if `path` is the working folder or one around it, or holds more than what is kept
-            and no `config.json`.
+            and no `config.json` of a SCAN model.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -89,7 +98,7 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
     if Path.cwd().is_relative_to(path):
         raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
     kept = {entry for pattern in keep for entry in path.glob(pattern)}
-    if path.is_dir() and set(path.iterdir()) - kept and not (path / "config.json").is_file():
+    if path.is_dir() and set(path.iterdir()) - kept and not _holds_scan_model(path):
         raise FileExistsError(
             f"{path} holds files but no model, and would be replaced as a whole. Choose another path, or empty it."
         )

@@ -221,6 +221,11 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
     def check_labels(self, labels: torch.Tensor) -> None:
         """Raises a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""
+        if labels.ndim != 1 or labels.dtype != torch.long:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size,) class "
+                "indices of torch.int64."
+            )
         if labels.numel() and not ((labels == -100) | ((labels >= 0) & (labels < self.num_labels))).all():
             raise ValueError(
                 f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
@@ -257,6 +262,13 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the file is truncated or "
                 "is not a safetensors file. Save or download it again."
             ) from error
+        except OSError as error:
+            if not os.path.isdir(pretrained_model_name_or_path):
+                raise
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds no model that can be loaded ({error}). Write one there with "
+                "`save_pretrained`, or name the folder that holds it."
+            ) from error
         missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
         if missing:
             raise ValueError(
@@ -268,10 +280,12 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             exit_config = ExitConfig.from_pretrained(
                 pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
             )
-            if exit_config.thresholds is not None and (info["mismatched_keys"] or info["missing_keys"]):
+            if exit_config.thresholds is not None and any(
+                info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys")
+            ):
                 logger.warning(
-                    "Some weights are new, so the checkpoint's thresholds do not belong to them and are left out. "
-                    "Find others with `hf_scan.calibrate` once the model is trained."
+                    "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
+                    "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
                 exit_config = ExitConfig(fallback=exit_config.fallback)
         if exit_config.thresholds is not None:

@@ -25,6 +25,11 @@ def test_backbone_that_names_a_source_is_refused(name):
         ScanConfig(backbone=name)
 
 
+def test_unknown_tag_is_refused():
+    with pytest.raises(ValueError, match=r"'resnet18\.nope', whose pretrained tag timm .* does not know"):
+        ScanConfig(backbone="resnet18.nope")
+
+
 def test_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match=r"'resnet_of_dreams', which timm .* does not know"):
         ScanConfig(backbone="resnet_of_dreams")

@@ -165,7 +165,7 @@ def test_accelerate_launch(dataset_folder, tmp_path):
 )
 def test_bad_flags_leave_the_output_folder_alone(dataset_folder, tmp_path, changes, message):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("kept")
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "scan"}')
     output = run(
         sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "run", **changes), fails=True
     )

@@ -3,6 +3,9 @@ import pytest
 from hf_scan.folders import replaced_folder
 
 
+CONFIG = '{"model_type": "scan"}'
+
+
 def contents(folder):
     return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
@@ -11,7 +14,7 @@ def test_replaces_as_a_whole_and_keeps_what_is_asked(tmp_path):
     target = tmp_path / "a" / "run"
     with replaced_folder(target) as folder:
         (folder / "model").write_text("1")
-        (folder / "config.json").write_text("1")
+        (folder / "config.json").write_text(CONFIG)
     (target / "checkpoint-5").mkdir()
     (target / "checkpoint-5" / "state").write_text("5")
     with replaced_folder(target, keep=["checkpoint-*"]) as folder:
@@ -25,10 +28,10 @@ def test_replaces_as_a_whole_and_keeps_what_is_asked(tmp_path):
 def test_an_error_leaves_everything_as_it_was(tmp_path, error):
     target = tmp_path / "run"
     with replaced_folder(target) as folder:
-        (folder / "config.json").write_text("1")
+        (folder / "config.json").write_text(CONFIG)
     with pytest.raises(error):
         write_half(target, error)
-    assert contents(tmp_path) == {"run/config.json": "1"}
+    assert contents(tmp_path) == {"run/config.json": CONFIG}
     with pytest.raises(error):
         write_half(tmp_path / "new", error)
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
@@ -63,3 +66,17 @@ def test_what_is_not_a_runs_folder_is_not_replaced(tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match="holds the working folder"), replaced_folder(path):
             pass
     assert contents(tmp_path) == {"thesis.txt": "mine"}
+
+
+@pytest.mark.parametrize("sign", ["runs/events", "checkpoint-1/state", "config.json"])
+def test_a_project_that_looks_like_a_run_is_not_replaced(tmp_path, sign):
+    target = tmp_path / "project"
+    for name, text in ((sign, "{}"), ("thesis.tex", "mine")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+    with (
+        pytest.raises(FileExistsError, match="holds files but no model"),
+        replaced_folder(target, keep=("runs", "checkpoint-*")),
+    ):
+        pass
+    assert contents(target) == {sign: "{}", "thesis.tex": "mine"}

@@ -133,6 +133,9 @@ def test_thresholds_do_not_stay_with_new_weights(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = ScanForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
     assert loaded.exit_config == ExitConfig(fallback="deepest")
+    # Heads without the attention they were trained with are others too.
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, attention_type="none")
+    assert loaded.exit_config == ExitConfig(fallback="deepest")
 
 
 def test_exit_config_of_another_network_is_refused(tmp_path):
@@ -270,6 +273,16 @@ def test_labels_out_of_range(model, images, label):
         model(images[:2], labels=torch.tensor([0, label]))
 
 
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2), torch.zeros(2, dtype=torch.int32)]
+)
+def test_labels_of_another_shape_or_type(model, images, labels):
+    with pytest.raises(
+        ValueError, match=r"`labels` has shape .* expected \(batch_size,\) class indices of torch.int64"
+    ):
+        model(images[:2], labels=labels)
+
+
 def test_one_label_is_refused():
     with pytest.raises(ValueError, match="`num_labels` is 1; a classifier needs at least 2"):
         ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=1))
@@ -277,7 +290,7 @@ def test_one_label_is_refused():
 
 def test_folder_without_weights(tmp_path):
     ScanConfig().save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors.* Write one there with `save_pretrained`"):
         ScanForImageClassification.from_pretrained(tmp_path)
 
 
