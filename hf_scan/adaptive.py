@@ -40,6 +40,7 @@ class ExitConfig:
 
     Raises:
         `ValueError`: if a threshold is not a number in [0, 1].
+        `huggingface_hub.errors.StrictDataclassFieldValidationError`: if a field is of another type or kind.
 
     Example:
 
@@ -97,7 +98,12 @@ class ExitConfig:
             raise TypeError(f"ExitConfig has no {unknown}; expected some of {sorted(known)}.")
         if kwargs.get("thresholds") is not None:
             # A tuple, an array or a tensor will do.
-            kwargs["thresholds"] = [None if t is None else float(t) for t in kwargs["thresholds"]]
+            try:
+                kwargs["thresholds"] = [None if t is None else float(t) for t in kwargs["thresholds"]]
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"`thresholds` is {kwargs['thresholds']!r}; expected a number in [0, 1] or None for each exit."
+                ) from error
         return replace(self, **kwargs)
 
     @classmethod

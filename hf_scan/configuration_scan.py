@@ -61,6 +61,7 @@ class ScanConfig(PreTrainedConfig):
     Raises:
         `ValueError`: if `backbone` is not in timm's registry, or `backbone_kwargs` or a further argument names a
             source of weights.
+        `huggingface_hub.errors.StrictDataclassFieldValidationError`: if a field is of another type or kind.
 
     Example:
 

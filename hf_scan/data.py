@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from timm.data import resolve_data_config
 from torchvision.transforms import InterpolationMode, v2
 from transformers import ConvNextImageProcessor
@@ -60,7 +60,11 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
         `ValueError`: if a column is missing or of another kind, rows have no label, the first split holds fewer than
             two classes, or splits differ in their classes.
     """
+    if image_column == label_column:
+        raise ValueError(f"`image_column` and `label_column` are both {image_column!r}; expected two columns.")
     for split, rows in dataset.items():
+        if len(rows) == 0:
+            raise ValueError(f"The {split!r} split is empty; expected images. Choose another split.")
         for name, kind in ((image_column, "image"), (label_column, "label")):
             if name not in rows.column_names:
                 raise ValueError(
@@ -72,16 +76,26 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
                 f"Column {image_column!r} of the {split!r} split holds {rows.features[image_column]}; expected "
                 "images. Name the right one with `--image_column`, or cast it to `datasets.Image`."
             )
+        feature = rows.features[label_column]
+        if not isinstance(feature, (ClassLabel, Value)) or feature.dtype.startswith(("float", "double")):
+            raise ValueError(
+                f"Column {label_column!r} of the {split!r} split holds {feature}; expected classes, as whole numbers "
+                "or strings. Name the right one with `--label_column`."
+            )
     dataset = dataset.select_columns([image_column, label_column])
     dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
     first = next(iter(dataset.values()))
     values = {split: rows.unique("labels") for split, rows in dataset.items()}
     for split, found in values.items():
-        if None in found or -1 in found:
+        named = isinstance(dataset[split].features["labels"], ClassLabel)
+        if None in found or (named and -1 in found):
             raise ValueError(
-                f"Column {label_column!r} of the {split!r} split has rows without a label (None or -1). Remove them."
+                f"Column {label_column!r} of the {split!r} split has rows without a label (None, or -1 where classes "
+                "have names). Remove them."
             )
-        if dataset[split].features["labels"] != first.features["labels"]:
+        if (named or isinstance(first.features["labels"], ClassLabel)) and (
+            dataset[split].features["labels"] != first.features["labels"]
+        ):
             raise ValueError(
                 f"Column {label_column!r} holds {first.features['labels']} in one split and "
                 f"{dataset[split].features['labels']} in {split!r}; expected the same classes, in the same order."

@@ -2,6 +2,7 @@
 """An output folder is replaced as a whole or not at all."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -89,12 +90,19 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
 
     Raises:
         `NotADirectoryError`: if `path` is a file.
+        `PermissionError`: if it cannot be written beside `path`, or `path` is a mount point.
         `FileExistsError`: if `path` is the working folder or one around it, or holds more than what is kept
             and no `config.json` of a SCAN model.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or path.is_mount():
+        raise PermissionError(
+            f"{path} cannot be replaced: {parent} is no folder that can be written to, or {path} is a mount point. "
+            "Choose another path."
+        )
     if Path.cwd().is_relative_to(path):
         raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
     kept = {entry for pattern in keep for entry in path.glob(pattern)}

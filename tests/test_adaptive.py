@@ -147,6 +147,12 @@ def test_thresholds_out_of_range(model, images, value):
         model.predict_adaptive(images, thresholds=[0.5, value])
 
 
+@pytest.mark.parametrize("thresholds", [0.5, ["a", 0.5]])
+def test_thresholds_that_are_no_numbers(model, images, thresholds):
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\] or None for each exit"):
+        model.predict_adaptive(images, thresholds=thresholds)
+
+
 def test_no_thresholds_and_unknown_arguments(model, images):
     with pytest.raises(ValueError, match=r"no thresholds to exit by\. Pass `thresholds="):
         model.predict_adaptive(images)

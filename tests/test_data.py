@@ -41,6 +41,7 @@ def test_labels_of_any_kind_become_class_indices(feature):
     [
         ("image", "fine_label", r"no column 'image'; it has \['img', 'fine_label', 'id'\].*--image_column"),
         ("img", "label", "no column 'label'.*--label_column"),
+        ("img", "img", "are both 'img'; expected two columns"),
         ("id", "fine_label", "Column 'id' of the 'train' split holds .* expected images"),
     ],
 )
@@ -140,3 +141,26 @@ def random_scan_model_with_one_channel():
     from hf_scan import ScanConfig, ScanForImageClassification
 
     return ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=3, num_channels=1))
+
+
+@pytest.mark.parametrize("values", [[0.5] * 40, [float("nan")] * 40, [[1]] * 40])
+def test_labels_that_are_no_classes(values):
+    rows = pictures()["train"].remove_columns("fine_label").add_column("fine_label", values)
+    with pytest.raises(ValueError, match="expected classes, as whole numbers or strings"):
+        prepare_columns(DatasetDict(train=rows), "img", "fine_label")
+
+
+def test_minus_1_is_a_class_where_classes_are_numbers_and_their_width_does_not_matter():
+    rows = pictures(label_feature=Value("int64"))["train"].map(
+        lambda row: {"fine_label": row["fine_label"] % 2 * 2 - 1}
+    )
+    test = rows.cast_column("fine_label", Value("int32"))
+    prepared = prepare_columns(DatasetDict(train=rows, test=test), "img", "fine_label")
+    assert list(prepared["test"]["labels"]) == [i % 2 for i in range(40)]
+    assert prepared["train"].features["labels"].names == ["-1", "1"]
+
+
+def test_an_empty_split():
+    rows = pictures()["train"]
+    with pytest.raises(ValueError, match="The 'test' split is empty"):
+        prepare_columns(DatasetDict(train=rows, test=rows.select([])), "img", "fine_label")

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_scan.folders import replaced_folder
+from hf_scan.folders import check_replaceable, replaced_folder
 
 
 CONFIG = '{"model_type": "scan"}'
@@ -80,3 +80,9 @@ def test_a_project_that_looks_like_a_run_is_not_replaced(tmp_path, sign):
     ):
         pass
     assert contents(target) == {sign: "{}", "thesis.tex": "mine"}
+
+
+def test_a_path_below_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PermissionError, match="is no folder that can be written to"):
+        check_replaceable(tmp_path / "file" / "a" / "run")
