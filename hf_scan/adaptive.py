@@ -205,8 +205,8 @@ def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig
 
 class AdaptiveInferenceMixin:
     """
-    Gives `predict_adaptive` to a model that has `num_exits`, `run_stage(index, feature)`, `run_exit(index, feature)`,
-    `check_pixel_values(pixel_values)` and an `exit_config`.
+    Gives `predict_adaptive` to a model that has `num_exits`, `run_stage(index, state)`, `run_exit(index, state)`,
+    `select_rows(index, state, rows, batch_size)`, `check_pixel_values(pixel_values)` and an `exit_config`.
     """
 
     exit_config: ExitConfig
@@ -260,12 +260,12 @@ class AdaptiveInferenceMixin:
         rows: torch.Tensor | None = None  # which samples are still there; None while all are
         total: torch.Tensor | None = None  # sum of the logits of the heads that ran
         heads_run = 0
-        feature = pixel_values
+        state: tuple[Any, ...] = (pixel_values,)
         for index, threshold in enumerate(thresholds):
-            feature = model.run_stage(index, feature)
+            state = model.run_stage(index, state)
             if not config.runs_head(index, num_exits):
                 continue
-            logits = model.run_exit(index, feature)
+            logits = model.run_exit(index, state)
             heads_run += 1
             if ensemble:
                 total = logits if total is None else total + logits
@@ -285,7 +285,7 @@ class AdaptiveInferenceMixin:
                 gone_rows = gone if rows is None else rows[gone]
                 answer = _answered(answer, gone_rows, logits[gone], index, confidence[gone], len(pixel_values))
                 rows = stay if rows is None else rows[stay]
-                feature = feature[stay]
+                state = model.select_rows(index, state, stay, len(leaves))
                 total = total[stay] if total is not None else None
 
         assert total is not None  # the deepest head always runs

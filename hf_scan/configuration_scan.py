@@ -23,6 +23,8 @@ REFUSED_BACKBONE_ARGUMENTS = frozenset(
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 ) | {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
+PREPROCESSING_KEYS = frozenset({"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+
 # Set from other fields of the configuration, or of no use to a network that is run stage by stage.
 OWN_BACKBONE_ARGUMENTS = {
     "num_classes": "set `num_labels`",
@@ -57,6 +59,9 @@ class ScanConfig(PreTrainedConfig):
             Channels of the input image.
         image_size (`int`, *optional*):
             Height and width of the input image in pixels. Defaults to what the backbone was made for.
+        preprocessing (`dict[str, Any]`, *optional*):
+            How images are prepared, in timm's words: `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
+            Defaults to how those were that the backbone was made for.
 
     Raises:
         `ValueError`: if `backbone` is not in timm's registry, or `backbone_kwargs` or a further argument names a
@@ -87,6 +92,7 @@ class ScanConfig(PreTrainedConfig):
     head_width: int = 64
     num_channels: int = 3
     image_size: int | None = None
+    preprocessing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(kwargs))
@@ -100,6 +106,7 @@ class ScanConfig(PreTrainedConfig):
         self._check_backbone()
         self._check_backbone_kwargs()
         self._check_sizes()
+        self._check_preprocessing()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -147,6 +154,10 @@ class ScanConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+
+    def _check_preprocessing(self) -> None:
+        if unknown := sorted(set(self.preprocessing or {}) - PREPROCESSING_KEYS):
+            raise ValueError(f"`preprocessing` names {unknown}; expected some of {sorted(PREPROCESSING_KEYS)}.")
 
 
 __all__ = ["ScanConfig"]

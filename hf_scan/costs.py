@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from timeit import timeit
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,23 +85,25 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
     ```
     """
 
-    def counted(part: Callable[..., torch.Tensor], index: int, feature: torch.Tensor) -> tuple[int, torch.Tensor]:
+    def counted(part: Callable[..., Any], index: int, state: tuple[Any, ...]) -> tuple[int, Any]:
         with FlopCounterMode(display=False) as counter:
-            output = part(index, feature)
+            output = part(index, state)
         return counter.get_total_flops() // 2, output
 
     size = model.config.image_size
     assert size is not None  # the network filled it in
-    feature = torch.zeros(1, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
+    state: tuple[Any, ...] = (
+        torch.zeros(1, model.config.num_channels, size, size, device=model.device, dtype=model.dtype),
+    )
     stages, heads = [], []
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for index in range(model.num_exits):
-                macs, feature = counted(model.run_stage, index, feature)
+                macs, state = counted(model.run_stage, index, state)
                 stages.append(macs)
-                heads.append(counted(model.run_exit, index, feature)[0])
+                heads.append(counted(model.run_exit, index, state)[0])
     finally:
         model.train(was_training)
     return ExitCosts(stages, heads)

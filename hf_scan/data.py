@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
-from timm.data import resolve_data_config
 from torchvision.transforms import InterpolationMode, v2
 from transformers import ConvNextImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -24,8 +23,8 @@ def create_image_processor(model: "ScanForImageClassification") -> BaseImageProc
     pixels on, where this processor squeezes the whole image into the square instead of cropping it.
 
     Args:
-        model ([`ScanForImageClassification`]): Its backbone's `pretrained_cfg` gives crop, interpolation, mean and
-            standard deviation; its `config.image_size` the size.
+        model ([`ScanForImageClassification`]): Its `config.preprocessing` gives crop, interpolation, mean and standard
+            deviation; its `config.image_size` the size.
 
     Raises:
         `ValueError`: if the network does not take three channels, which this processor always makes.
@@ -35,7 +34,8 @@ def create_image_processor(model: "ScanForImageClassification") -> BaseImageProc
             f"The network takes {model.config.num_channels} channels; an image processor is only made for 3. Pass "
             "your own `processing_class`."
         )
-    settings = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
+    settings = model.config.preprocessing
+    assert settings is not None  # the network filled it in
     resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
     return ConvNextImageProcessor(
         size={"shortest_edge": model.config.image_size},

@@ -151,7 +151,6 @@ class ExitHead(nn.Module):
         feature_size (`int`): Width of the deepest feature.
         num_labels (`int`): Labels.
         attention_type, classifier_type, head_width: as in [`ScanConfig`].
-        channels_first (`bool`, *optional*, defaults to `True`): Layout of the stage's feature.
     """
 
     def __init__(
@@ -163,10 +162,8 @@ class ExitHead(nn.Module):
         attention_type: str = "separable",
         classifier_type: str = "separable",
         head_width: int = 64,
-        channels_first: bool = True,
     ) -> None:
         super().__init__()
-        self.channels_first = channels_first
         self.squeeze: nn.Module = nn.Identity()
         # Everything behind the bottleneck costs the bottleneck's width, however wide the backbone is.
         if classifier_type == "separable" and channels > head_width:
@@ -178,12 +175,10 @@ class ExitHead(nn.Module):
     def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            feature (`torch.Tensor`): What the stage returned.
+            feature (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The stage's feature.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the pooled feature `(batch_size, feature_size)` for the hint loss,
             and the logits `(batch_size, num_labels)`.
         """
-        if not self.channels_first:
-            feature = feature.permute(0, 3, 1, 2)
         return self.classifier(self.attention(self.squeeze(feature)))

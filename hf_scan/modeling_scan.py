@@ -10,13 +10,15 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.models import is_model_pretrained
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
 from .adaptive import EXIT_CONFIG_NAME, AdaptiveInferenceMixin, ExitConfig
-from .configuration_scan import ScanConfig
+from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead
 from .stages import cut_into_stages
 
@@ -80,6 +82,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["ExitHead"]
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
 
     def __init__(self, config: ScanConfig) -> None:
@@ -87,6 +90,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
         self.num_labels = config.num_labels
+        self.gradient_checkpointing = False  # of whole stages; set by Transformers
         self.backbone = _create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
@@ -95,24 +99,33 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 module._is_hf_initialized = True
 
         config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
-        self.stages = cut_into_stages(self.backbone, config.exit_points, config.image_size)
+        config.preprocessing = _preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
+        self.stages = cut_into_stages(self.backbone, config.exit_points)
         deepest = self.stages[-1]
-        self.exit_heads = nn.ModuleList(
-            ExitHead(
-                channels=stage.channels,
-                stride=max(1, deepest.reduction // stage.reduction),
-                feature_size=getattr(self.backbone, "head_hidden_size", self.backbone.num_features),
-                num_labels=config.num_labels,
-                attention_type=config.attention_type,
-                classifier_type=config.classifier_type,
-                head_width=config.head_width,
-                channels_first=stage.channels_first,
+        with init.no_init_weights():  # `post_init` does it
+            self.exit_heads = nn.ModuleList(
+                ExitHead(
+                    channels=stage.channels,
+                    stride=max(1, deepest.reduction // stage.reduction),
+                    feature_size=getattr(self.backbone, "head_hidden_size", self.backbone.num_features),
+                    num_labels=config.num_labels,
+                    attention_type=config.attention_type,
+                    classifier_type=config.classifier_type,
+                    head_width=config.head_width,
+                )
+                for stage in self.stages[:-1]
             )
-            for stage in self.stages[:-1]
-        )
-        config.exit_points = [stage.modules[-1] for stage in self.stages[:-1]]
+        config.exit_points = [stage.name for stage in self.stages[:-1]]
         self.exit_config = ExitConfig()
         self.post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "stages"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Functions of the backbone, which no pickle holds.
+        self.stages = cut_into_stages(self.backbone, self.config.exit_points)
 
     @property
     def num_exits(self) -> int:
@@ -121,25 +134,43 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             # He et al., "Delving Deep into Rectifiers", 2015; Transformers' default of N(0, 0.02) is for transformers.
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own
+        else:
+            super()._init_weights(module)
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
+            init.zeros_(module.bias)
         # Buffers that no checkpoint holds come out of the meta device as raw memory.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
 
-    def run_stage(self, index: int, feature: torch.Tensor) -> torch.Tensor:
-        """The stage's feature, from that of the stage before or, for the first, from the images."""
-        return self.stages[index].run(self.backbone, feature)
+    def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """
+        Runs a stage of the backbone.
 
-    def run_exit(self, index: int, feature: torch.Tensor) -> torch.Tensor:
-        """An exit's logits `(batch_size, num_labels)` from its stage's feature."""
+        Args:
+            index (`int`): Which one.
+            state (`tuple`): What the stage before returned, or `(pixel_values,)` for the first.
+
+        Returns:
+            `tuple`: the stage's feature, alone on most networks, and what later stages need besides.
+        """
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.stages[index].run, self.backbone, state)
+        return self.stages[index].run(self.backbone, state)
+
+    def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
+        """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == self.num_exits - 1:
-            return self.backbone.forward_head(feature)
-        return self.exit_heads[index](feature)[1]
+            return self.backbone.forward_head(state[0])
+        return self.exit_heads[index](self.stages[index].feature(state))[1]
+
+    def select_rows(self, index: int, state: tuple[Any, ...], rows: torch.Tensor, batch_size: int) -> tuple[Any, ...]:
+        """What a stage returned, of the images `rows` of a batch of `batch_size` only."""
+        return self.stages[index].select(state, rows, batch_size)
 
     def forward(
         self,
@@ -168,13 +199,13 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
         exit_logits: list[torch.Tensor] = []
         exit_features: list[torch.Tensor] = []
-        feature = pixel_values
+        state: tuple[Any, ...] = (pixel_values,)
         for index, head in enumerate(self.exit_heads):
-            feature = self.run_stage(index, feature)
-            pooled, logits = head(feature)
+            state = self.run_stage(index, state)
+            pooled, logits = head(self.stages[index].feature(state))
             exit_features.append(pooled)
             exit_logits.append(logits)
-        feature = self.run_stage(self.num_exits - 1, feature)
+        (feature,) = self.run_stage(self.num_exits - 1, state)
         exit_logits.append(self.backbone.forward_head(feature))
         if output_exit_features:
             # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
@@ -209,6 +240,12 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; {expected}. Prepare images with the model's "
                 "image processor."
             )
+        if 0 < min(pixel_values.shape[2:]) < self.stages[-1].reduction:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, and the backbone makes maps "
+                f"{self.stages[-1].reduction} times smaller than the image; expected a height and width of at least "
+                "that. Prepare images with the model's image processor, or set a larger `image_size`."
+            )
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` holds {pixel_values.dtype}; expected floating-point numbers as the model's image "
@@ -231,6 +268,100 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
                 f"0 to {self.num_labels - 1}. Set `num_labels` to what the data has, or correct the labels."
             )
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str | nn.Module,
+        pretrained: bool = False,
+        num_labels: int | None = None,
+        exit_points: list[int | str] | None = None,
+        **kwargs: Any,
+    ) -> "ScanForImageClassification":
+        """
+        Equips a model of timm with early exits. Weights, label names and preprocessing are taken over, and the deepest
+        exit answers as the model did; the early exits have to be trained.
+
+        Args:
+            model (`str` or `torch.nn.Module`): Name of a model as `timm.create_model` takes it, `hf-hub:` and
+                `local-dir:` included, or a model that it made, which is copied.
+            pretrained (`bool`, *optional*, defaults to `False`): Whether timm loads weights for a name.
+            num_labels (`int`, *optional*): Labels. Defaults to the model's own. With another number, its classifier
+                starts anew.
+            exit_points (`list[int | str]`, *optional*): As in [`ScanConfig`].
+            kwargs: Further arguments of [`ScanConfig`]. A model that was not made with timm's defaults needs those
+                that it was made with: `backbone_kwargs`, `num_channels`, `image_size`.
+
+        Returns:
+            [`ScanForImageClassification`]: in training mode.
+
+        Raises:
+            `ValueError`: if timm does not know the model, the arguments do not give what the model is, or it cannot be
+                cut into stages.
+
+        Example:
+
+        ```python
+        >>> import timm
+        >>> from hf_scan import ScanForImageClassification
+
+        >>> model = ScanForImageClassification.from_timm(timm.create_model("resnet18"), exit_points=["layer2"])
+        >>> model.num_exits, model.config.id2label[0]
+        (2, 'tench, Tinca tinca')
+        ```
+        """
+        if isinstance(model, str):
+            given = {"num_classes": num_labels, "in_chans": kwargs.get("num_channels")}
+            given = {name: value for name, value in given.items() if value is not None}
+            given |= kwargs.get("backbone_kwargs") or {}
+            source = _create_timm_model(model, kwargs.get("image_size"), pretrained, **given)
+        else:
+            source = model
+            if pretrained:
+                raise ValueError("`pretrained` is for a model that is given by name; this one is given with weights.")
+        cfg = getattr(source, "pretrained_cfg", None)
+        if not isinstance(cfg, dict) or "architecture" not in cfg:
+            raise ValueError(
+                f"`model` is a {type(source).__name__} without timm's `pretrained_cfg`; expected a model that "
+                "`timm.create_model` made, or the name of one."
+            )
+
+        own_labels = num_labels is None or num_labels == source.num_classes
+        if "id2label" not in kwargs:
+            names = _label_names(cfg, source.num_classes) if own_labels else None
+            if names is not None:
+                kwargs["id2label"] = dict(enumerate(names))
+                kwargs["label2id"] = {name: index for index, name in enumerate(names)}
+            else:
+                kwargs["num_labels"] = num_labels or source.num_classes
+        tagged = f"{cfg['architecture']}.{cfg.get('tag')}"
+        config = ScanConfig(
+            backbone=tagged if is_model_pretrained(tagged) else cfg["architecture"],
+            exit_points=exit_points,
+            **{"preprocessing": _preprocessing(cfg), **kwargs},
+        )
+        example = next(source.parameters())
+        scan = cls(config).to(device=example.device, dtype=example.dtype)
+        weights = source.state_dict()
+        if not own_labels:
+            classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else [cfg["classifier"]]
+            fresh = {
+                name: value
+                for name, value in scan.backbone.state_dict().items()
+                if name.startswith(tuple(f"{classifier}." for classifier in classifiers))
+            }
+            weights |= fresh
+        try:
+            scan.backbone.load_state_dict(weights)
+            if own_labels and not _answer_alike(scan.backbone, source, config):
+                raise RuntimeError("the weights fit, and the answers differ")
+        except RuntimeError as error:
+            raise ValueError(
+                f"The model is not what timm makes of {config.backbone!r} with {config.backbone_kwargs}, "
+                f"{config.num_channels} channels and images of {config.image_size} pixels: {error}. Give the "
+                "`backbone_kwargs`, `num_channels` and `image_size` that it was made with."
+            ) from error
+        return scan
 
     @classmethod
     def from_pretrained(
@@ -319,18 +450,53 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
 
 def _create_backbone(config: ScanConfig) -> Any:
-    kwargs = dict(config.backbone_kwargs)
+    kwargs = {"num_classes": config.num_labels, "in_chans": config.num_channels, **config.backbone_kwargs}
+    return _create_timm_model(config.backbone, config.image_size, **kwargs)
+
+
+def _create_timm_model(name: str, image_size: int | None, pretrained: bool = False, **kwargs: Any) -> Any:
     try:
-        pretrained_cfg = timm.get_pretrained_cfg(config.backbone)
-        if config.image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-            kwargs.setdefault("img_size", config.image_size)
-        return timm.create_model(
-            config.backbone, pretrained=False, num_classes=config.num_labels, in_chans=config.num_channels, **kwargs
-        )
+        # A name with a source is looked up by `create_model` itself.
+        pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
+        if image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+            kwargs.setdefault("img_size", image_size)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"timm cannot make {config.backbone!r} with {kwargs}: {error}. Correct `backbone_kwargs`."
+            f"timm cannot make {name!r} with {kwargs}: {error}. Correct the name or `backbone_kwargs`."
         ) from error
+
+
+@torch.no_grad()
+def _answer_alike(one: nn.Module, other: nn.Module, config: ScanConfig) -> bool:
+    assert config.image_size is not None  # the network filled it in
+    example = next(one.parameters())
+    images = example.new_ones(1, config.num_channels, config.image_size, config.image_size)
+
+    def answer(model: nn.Module) -> torch.Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        logits = model.eval()(images)
+        for module, mode in modes:
+            module.training = mode
+        return logits
+
+    return torch.allclose(answer(one), answer(other), rtol=1e-3, atol=1e-3)
+
+
+def _preprocessing(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    settings = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    # As JSON gives them back.
+    values = {name: settings[name] for name in sorted(PREPROCESSING_KEYS)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
+    """What timm knows the classes of a checkpoint by, if it does."""
+    names = pretrained_cfg.get("label_names")
+    if names is None and (subset := infer_imagenet_subset({"num_classes": num_labels})):
+        info = ImageNetInfo(subset)
+        names = [info.label_name_to_description(synset) for synset in info.label_names()]
+    return list(names) if names is not None and len(names) == num_labels else None
 
 
 __all__ = ["ScanForImageClassification", "ScanImageClassifierOutput"]

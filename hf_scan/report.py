@@ -40,7 +40,7 @@ def exit_report(
         ensemble = index == model.num_exits
         key = "ensemble" if ensemble else f"exit_{index}"
         row: dict[str, Any] = {
-            "name": "ensemble" if ensemble else f"exit {index} ({model.stages[index].modules[-1]})",
+            "name": "ensemble" if ensemble else f"exit {index} ({model.stages[index].name})",
             "accuracy": scores[f"{key}_accuracy"],
             "macs": cumulative[index],
         }

@@ -81,7 +81,7 @@ def test_a_stage_runs_for_the_survivors_and_for_no_others(model, images, policy,
     seen: Counter[str] = Counter()
     handles = []
     for name, module in [
-        *((f"stage {i}", model.backbone.get_submodule(s.modules[-1])) for i, s in enumerate(model.stages)),
+        *((f"stage {i}", model.backbone.get_submodule(s.name)) for i, s in enumerate(model.stages)),
         *((f"head {i}", head) for i, head in enumerate(model.exit_heads)),
     ]:
 

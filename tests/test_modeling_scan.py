@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+from hf_scan.adaptive import apply_exit_rule, confidence_of
 from hf_scan.data import create_image_processor
 
 from .conftest import random_scan_model
@@ -218,7 +220,7 @@ def test_pixels_that_are_no_floats(model):
 
 
 def test_unknown_backbone_arguments():
-    with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {'depth': 3}: .* Correct"):
+    with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {.*'depth': 3}: .* Correct"):
         ScanForImageClassification(ScanConfig(backbone="resnet18", backbone_kwargs={"depth": 3}))
 
 
@@ -327,3 +329,142 @@ def test_a_pickle_is_not_loaded(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         ScanForImageClassification.from_pretrained(tmp_path)
+
+
+FAMILIES = [
+    "test_vit",
+    "xcit_nano_12_p8_224",
+    "swin_tiny_patch4_window7_224",
+    "pit_ti_224",
+    "selecsls42",
+    "cifar_wrn20_8",
+]
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_any_family_trains_exits_saves_and_loads(backbone, tmp_path):
+    """Tokens, channels last, several tensors between stages: the promises are the same."""
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=4))
+    size = model.config.image_size
+    images = torch.randn(6, 3, size, size)
+    output = model(images, labels=torch.tensor([0, 1, 2, 3, 0, 1]), output_exit_features=True)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.exit_heads.parameters())
+    assert len({feature.shape for feature in output.exit_features}) == 1
+    model.eval()
+    with torch.no_grad():
+        output = model(images)
+        assert torch.equal(output.logits, model.backbone(images))
+        # Thresholds in the middle of what these images give, so that some leave at each exit.
+        config = ExitConfig([float(confidence_of(logits).median()) for logits in output.exit_logits[:-1]])
+        simulated = apply_exit_rule(output.exit_logits, config)
+    answer = model.predict_adaptive(images, config)
+    assert torch.equal(answer.exit_index, simulated.exit_index)
+    assert len(answer.exit_index.unique()) > 1
+    torch.testing.assert_close(answer.logits, simulated.logits, rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded(images).exit_logits, output.exit_logits))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, images = random_scan_model(), torch.randn(4, 3, 16, 16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0  # recomputing a stage counts its batch a second time
+    model.train()
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model.zero_grad()
+        model(images, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients))
+
+
+def test_copies_and_pickles(model, images):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images).logits, model(images).logits)
+        assert torch.equal(
+            other.predict_adaptive(images, thresholds=[0.5, 0.5]).logits.isfinite().all(), torch.tensor(True)
+        )
+
+
+def test_a_stage_can_be_exported(model, images):
+    class FirstStage(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model.backbone
+
+        def forward(self, pixel_values):
+            return model.stages[0].run(self.backbone, (pixel_values,))[0]
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(FirstStage(), (images,), dynamic_shapes={"pixel_values": {0: batch}})
+    torch.testing.assert_close(program.module()(images[:5]), model.run_stage(0, (images[:5],))[0])
+
+
+def test_the_whole_model_and_a_stage_compile(model, images):
+    """Traced and guarded by `torch.compile`, without the compiler of the machine."""
+    with torch.no_grad():
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(whole(images).logits, model(images).logits)
+        stage = torch.compile(model.stages[0].run, backend="eager", fullgraph=True)
+        assert torch.equal(stage(model.backbone, (images,))[0], model.run_stage(0, (images,))[0])
+
+
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_other_channels(num_channels):
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_channels=num_channels)).eval()
+    assert model(torch.randn(2, num_channels, 32, 32)).logits.shape == (2, 2)
+
+
+def test_images_smaller_than_the_deepest_reduction():
+    model = ScanForImageClassification(ScanConfig(backbone="test_resnet")).eval()
+    with pytest.raises(ValueError, match=r"32 times smaller than the image; expected a height and width of at least"):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_from_timm_takes_over_weights_labels_and_preprocessing(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("resnet18.a1_in1k").eval()
+    source.pretrained_cfg["crop_pct"] = 0.5  # as a repository of weights may say
+    model = ScanForImageClassification.from_timm(source).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images).logits, source(images))
+    assert model.config.backbone == "resnet18.a1_in1k"
+    assert model.config.id2label[0] == "tench, Tinca tinca"
+    assert create_image_processor(model).crop_pct == 0.5
+    model.save_pretrained(tmp_path)
+    assert create_image_processor(ScanForImageClassification.from_pretrained(tmp_path)).crop_pct == 0.5
+
+
+def test_from_timm_with_other_labels_starts_the_classifier_anew():
+    source = timm.create_model("test_resnet", num_classes=6)
+    model = ScanForImageClassification.from_timm(source, num_labels=3, exit_points=["layer2"])
+    assert model.num_exits == 2
+    assert model.backbone.get_classifier().weight.shape[0] == model.config.num_labels == 3
+    assert torch.equal(model.backbone.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+    by_name = ScanForImageClassification.from_timm("test_resnet", num_labels=3)
+    assert by_name.config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        (lambda: "nope", {}, "timm cannot make 'nope'"),
+        (lambda: torch.nn.Linear(2, 2), {}, "Linear without timm's `pretrained_cfg`"),
+        (lambda: timm.create_model("test_resnet"), {"pretrained": True}, "`pretrained` is for a model .* by name"),
+        (lambda: timm.create_model("test_resnet", in_chans=1), {}, "size mismatch .* Give the `backbone_kwargs`"),
+        (lambda: timm.create_model("test_resnet", act_layer="silu"), {}, "the answers differ. Give the"),
+        (lambda: timm.create_model("test_resnet", num_classes=0), {}, "needs at least 2"),
+        (lambda: "test_resnet", {"num_labels": 1}, "`num_labels` is 1; .* at least 2"),
+    ],
+)
+def test_from_timm_refuses_what_it_cannot_describe(source, arguments, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ScanForImageClassification.from_timm(source(), **arguments)

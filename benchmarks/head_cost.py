@@ -1,0 +1,73 @@
+"""What the exit heads cost: MACs and parameters of all of them as a share of the backbone's, and the time of running
+every exit over the time of the plain backbone.
+
+    python benchmarks/head_cost.py --threads 2 --output runs/head_cost.md
+    python benchmarks/head_cost.py --no-time      # MACs and parameters only, nothing is computed
+
+Random weights and random images of each network's default size; medians of seven interleaved rounds.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hf_scan import ScanConfig, ScanForImageClassification
+from hf_scan.costs import count_macs, describe_machine, interleaved_medians
+
+
+BACKBONES = """
+    cifar_resnet18 cifar_resnet20 cifar_resnet50 cifar_resnet152 cifar_vgg16_bn cifar_vgg19_bn cifar_wrn20_8
+    cifar_wrn44_8 resnet18 resnet50 resnet101 resnetv2_50 resnext50_32x4d wide_resnet50_2 regnety_016 efficientnet_b0
+    tf_efficientnetv2_s mobilenetv3_large_100 ghostnet_100 rexnet_100 convnext_tiny densenet121 vgg16_bn
+    inception_v3 dla34 hgnetv2_b0 repvit_m1 swin_tiny_patch4_window7_224 vit_small_patch16_224 mobilevit_s
+""".split()  # noqa: SIM905
+
+
+def shares(config: ScanConfig) -> tuple[float, float]:
+    """MACs and parameters of the early exits as shares of the backbone's."""
+    with torch.device("meta"):
+        model = ScanForImageClassification(config)
+    costs = count_macs(model)
+    heads, backbone = (sum(p.numel() for p in part.parameters()) for part in (model.exit_heads, model.backbone))
+    return sum(costs.heads[:-1]) / costs.plain, heads / backbone
+
+
+def ratio(config: ScanConfig, batch_size: int) -> float:
+    """Time of running every exit over that of the plain backbone, both in channels_last."""
+    model = ScanForImageClassification(config).eval().to(memory_format=torch.channels_last)
+    size = model.config.image_size
+    images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        seconds = interleaved_medians({"all": lambda: model(images), "plain": lambda: model.backbone(images)})
+    return seconds["all"] / seconds["plain"]
+
+
+def main(output: Path, timed: bool) -> None:
+    warnings.simplefilter("ignore")
+    header = ["backbone", "MACs", "parameters", "MACs, conv"] + ["time, batch 1", "time, batch 32"] * timed
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for name in tqdm(BACKBONES):
+        num_labels = 100 if name.startswith("cifar_") else 1000
+        default = ScanConfig(backbone=name, num_labels=num_labels)
+        paper = ScanConfig(backbone=name, num_labels=num_labels, attention_type="conv", classifier_type="conv")
+        macs, parameters = shares(default)
+        cells = [f"`{name}`", f"{macs:.1%}", f"{parameters:.1%}", f"{shares(paper)[0]:.1%}"]
+        if timed:
+            cells += [f"{ratio(ScanConfig(backbone=name, num_labels=num_labels), size):.2f}x" for size in (1, 32)]
+        lines.append("| " + " | ".join(cells) + " |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join([f"{describe_machine()}.", "", *lines]) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/head_cost.md"), help="file to write the table to")
+    parser.add_argument("--no-time", action="store_true", help="count only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    main(arguments.output, not arguments.no_time)
