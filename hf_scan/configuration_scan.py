@@ -48,7 +48,8 @@ class ScanConfig(PreTrainedConfig):
         exit_points (`list[int | str]`, *optional*):
             Where the early exits are, from shallow to deep: indices into the backbone's `feature_info`, or module
             names that stand there. The deepest exit is the backbone's own classifier and is not listed. Defaults to
-            every tap but the last, without those whose map is more than 8 times finer than the last one's.
+            every tap but the last, without those whose map is more than 8 times finer than the last one's; on a
+            network whose maps are all of one size, to a quarter, half and three quarters of the depth.
         attention_type (`str`, *optional*, defaults to `"separable"`):
             Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap) or `"none"`.
         classifier_type (`str`, *optional*, defaults to `"separable"`):
