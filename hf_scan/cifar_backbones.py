@@ -18,13 +18,15 @@ class CifarNet(nn.Module):
     feature. Each network adds its parts with [`~CifarNet.add_part`] and ends with [`~CifarNet.add_classifier`].
 
     Args:
-        num_classes (`int`): Outputs of the classifier; 0 for none.
-        in_chans (`int`): Channels of the image.
-        global_pool (`str`): Pooling before the classifier, as in timm.
-        drop_rate (`float`): Dropout before the classifier.
+        num_classes (`int`, *optional*, defaults to 100): Outputs of the classifier; 0 for none.
+        in_chans (`int`, *optional*, defaults to 3): Channels of the image.
+        global_pool (`str`, *optional*, defaults to `"avg"`): Pooling before the classifier, as in timm.
+        drop_rate (`float`, *optional*, defaults to 0.0): Dropout before the classifier.
     """
 
-    def __init__(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
+    def __init__(
+        self, num_classes: int = 100, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -94,10 +96,7 @@ class CifarResNet(CifarNet):
         block (`type`): `BasicBlock` or `Bottleneck` of timm.
         layers (`Sequence[int]`): Number of blocks in each stage.
         channels (`Sequence[int]`): Width of each stage before the block's expansion.
-        num_classes (`int`, *optional*, defaults to 100): Outputs of the classifier; 0 for none.
-        in_chans (`int`, *optional*, defaults to 3): Channels of the image.
-        global_pool (`str`, *optional*, defaults to `"avg"`): Pooling before the classifier, as in timm.
-        drop_rate (`float`, *optional*, defaults to 0.0): Dropout before the classifier.
+        kwargs: As for [`CifarNet`].
     """
 
     def __init__(
@@ -105,14 +104,11 @@ class CifarResNet(CifarNet):
         block: type[BasicBlock] | type[Bottleneck],
         layers: Sequence[int],
         channels: Sequence[int],
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        super().__init__(**kwargs)
         width = channels[0]
-        self.add_part("conv1", nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False))
+        self.add_part("conv1", nn.Conv2d(self.in_chans, width, kernel_size=3, padding=1, bias=False))
         self.add_part("bn1", nn.BatchNorm2d(width))
         self.add_part("act1", nn.ReLU(inplace=True))
         for index, (depth, planes) in enumerate(zip(layers, channels)):
@@ -144,21 +140,18 @@ class CifarWideResNet(CifarNet):
     Args:
         depth (`int`): Blocks in each stage.
         widen_factor (`int`): How many times wider than the narrow network.
-        num_classes, in_chans, global_pool, drop_rate: as for [`CifarResNet`].
+        kwargs: As for [`CifarNet`].
     """
 
     def __init__(
         self,
         depth: int,
         widen_factor: int,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        super().__init__(**kwargs)
         width = 16
-        self.add_part("conv1", nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False))
+        self.add_part("conv1", nn.Conv2d(self.in_chans, width, kernel_size=3, padding=1, bias=False))
         for index in range(3):
             blocks = []
             for position in range(depth):
@@ -188,21 +181,19 @@ class CifarVGG(CifarNet):
     Args:
         layers (`Sequence[int]`): Convolutions in each group.
         hidden_size (`int`, *optional*, defaults to 4096): Width of the hidden layers.
-        num_classes, in_chans, global_pool, drop_rate: as for [`CifarResNet`]; `drop_rate`, 0.5 by default, is also
-            that between the hidden layers.
+        drop_rate (`float`, *optional*, defaults to 0.5): Dropout behind each hidden layer.
+        kwargs: As for [`CifarNet`].
     """
 
     def __init__(
         self,
         layers: Sequence[int],
         hidden_size: int = 4096,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
         drop_rate: float = 0.5,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        width = in_chans
+        super().__init__(drop_rate=drop_rate, **kwargs)
+        width = self.in_chans
         for index, (depth, planes) in enumerate(zip(layers, (64, 128, 256, 512, 512))):
             group: list[nn.Module] = []
             for _ in range(depth):
