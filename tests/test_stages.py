@@ -182,6 +182,22 @@ def test_what_happens_between_modules_happens(between):
     torch.testing.assert_close(second.run(backbone, few)[0], plain[[2, 1]])
 
 
+class _Counts(_Net):
+    """Counts the images before the exit point, and uses the number behind it."""
+
+    def forward_features(self, image):
+        count = image.shape[0]
+        return self.second(self.first(image).reshape(count, 4, 8, 8))
+
+
+def test_the_number_of_images_is_that_of_those_still_there():
+    torch.manual_seed(0)
+    backbone, images = _Counts(None), torch.randn(3, 3, 8, 8)
+    first, second = cut_into_stages(backbone)
+    few = first.select(first.run(backbone, (images,)), torch.tensor([2, 1]), 3)
+    torch.testing.assert_close(second.run(backbone, few)[0], backbone.forward_features(images)[[2, 1]])
+
+
 def test_a_decision_by_value_is_refused():
     backbone = _Net(lambda x, image: x if x.sum() > 0 else -x)
     with pytest.raises(ValueError, match=r"_Net cannot be cut into stages: .* it decides by what it computes"):
