@@ -15,40 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 import hf_scan
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
+from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.costs import describe_machine, measure_times
 from hf_scan.data import create_image_processor, eval_transform, split_off, train_transform
 from hf_scan.folders import check_replaceable, replaced_folder
 from hf_scan.model_card import create_model_card
-from hf_scan.plotting import describe_answers, plot_answers
+from hf_scan.plotting import describe_answers, plot_answers, plot_attention
 from hf_scan.report import exit_report, exit_table, speedup_lines
 
 
 SEED = 0
-RECIPE: dict[str, Any] = {
-    "num_train_epochs": 30,
-    "per_device_train_batch_size": 64,
-    "optim": "sgd",
-    "optim_args": "momentum=0.9",
-    "learning_rate": 0.1,
-    "weight_decay": 5e-4,
-    "max_grad_norm": 0.0,  # no clipping, as in the paper's code: the sum over the exits has a large gradient
-    "lr_scheduler_type": "cosine",
-}
+RECIPE: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "recipes" / "digits.yaml").read_text())
 
 
 def load_splits() -> DatasetDict:
@@ -71,7 +56,7 @@ def main(output_dir: Path, epochs: int) -> None:
         backbone="cifar_resnet20", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
     model = ScanForImageClassification(config).to(memory_format=torch.channels_last)
-    plain = plain_copy(model)
+    plain = plain_copy(model).to(memory_format=torch.channels_last)
     processor = create_image_processor(model)
     # A mirrored digit is another one, or none.
     augment = train_transform(processor, crop="pad", flip=False)
@@ -99,9 +84,7 @@ def main(output_dir: Path, epochs: int) -> None:
             plain,
             TrainingArguments(**settings, remove_unused_columns=False),
             train_dataset=train,
-            compute_metrics=lambda prediction: {
-                "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-            },
+            compute_metrics=plain_accuracy,
         )
         plain_trainer.train()
 
@@ -144,15 +127,6 @@ def main(output_dir: Path, epochs: int) -> None:
     subprocess.run([sys.executable, __file__, "--show", "--output_dir", str(output_dir)], check=True)
 
 
-def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassification:
-    """The same backbone without early exits, from the same initial weights."""
-    plain = TimmWrapperForImageClassification(
-        TimmWrapperConfig(architecture=model.config.backbone, id2label=model.config.id2label)
-    )
-    plain.timm_model.load_state_dict(model.backbone.state_dict())
-    return plain.to(memory_format=torch.channels_last)
-
-
 def show(folder: Path) -> None:
     """Loads a checkpoint as anyone would, and shows test images with the exit that each took."""
     model = AutoModelForImageClassification.from_pretrained(folder)
@@ -170,7 +144,9 @@ def show(folder: Path) -> None:
         columns = [[*drawing(picture), *text.splitlines()] for picture, text in row]
         print("\n".join("  ".join(cell.ljust(18) for cell in line).rstrip() for line in zip(*columns)), "\n")
     plot_answers(pictures, picked, model, folder / "exits.png")
+    plot_attention(model, processor(pictures[-6:], return_tensors="pt")["pixel_values"], folder / "attention.png")
     print(f"hf_scan {hf_scan.__version__}: the same as a picture in {folder / 'exits.png'}")
+    print(f"What the exits look at is in {folder / 'attention.png'}")
 
 
 def drawing(image: PILImage.Image) -> list[str]:

@@ -2,10 +2,13 @@
 
     python examples/train.py examples/recipes/cifar100_resnet20.yaml --output_dir runs/cifar100
     python examples/train.py --dataset_name food101 --backbone resnet50 --crop resized --output_dir runs/food101
+    python examples/train.py examples/recipes/cifar100_resnet20.yaml --output_dir runs/cifar100_plain --plain
     accelerate launch examples/train.py examples/recipes/cifar100_resnet20.yaml --output_dir runs/cifar100
     torchrun --nproc_per_node 2 examples/train.py examples/recipes/cifar100_resnet20.yaml --use_cpu ...
 
-A recipe is a YAML file of flags. Flags after it win. All flags of `TrainingArguments` are there.
+A recipe is a YAML file of flags; it can include another. Flags after it win. All flags of `TrainingArguments` are
+there. `--plain` trains the backbone without exits by the same recipe, from the same initial weights; the other run
+shows its accuracy beside its own when it is told where that is: `--plain_metrics runs/cifar100_plain/metrics.json`.
 """
 
 import json
@@ -14,16 +17,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict, load_dataset
-from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, Trainer, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
-from hf_scan.data import create_image_processor, eval_transform, prepare_columns, split_off, train_transform
-from hf_scan.folders import check_replaceable, replaced_folder
+from hf_scan.baseline import plain_accuracy, plain_copy
+from hf_scan.costs import describe_machine
+from hf_scan.data import (
+    ImagesInMemory,
+    SeededImages,
+    create_image_processor,
+    eval_transform,
+    prepare_columns,
+    split_off,
+    train_transform,
+)
+from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
 from hf_scan.model_card import create_model_card
+from hf_scan.plotting import plot_training
 from hf_scan.report import exit_report, exit_table, speedup_lines
 
 
@@ -53,6 +69,16 @@ class DataArguments:
         default="pad", metadata={"help": "Augmentation: 'pad' for small images, 'resized' for large ones, or 'none'."}
     )
     flip: bool = field(default=True, metadata={"help": "Mirror half of the train images."})
+    auto_augment: str = field(
+        default="none", metadata={"help": "Policy of torchvision's AutoAugment: 'cifar10', 'imagenet' or 'none'."}
+    )
+    erase: float = field(
+        default=0.0, metadata={"help": "Share of each train image that a square blanks out (Cutout)."}
+    )
+    in_memory: bool = field(
+        default=False,
+        metadata={"help": "Decode all images once. For small images of one size; on a GPU, they stay there."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many images."})
 
@@ -68,22 +94,20 @@ class ModelArguments:
     )
     attention_type: str = field(default="separable", metadata={"help": "'separable', 'conv' or 'none'."})
     classifier_type: str = field(default="separable", metadata={"help": "'separable' or 'conv'."})
-    head_width: int = field(default=64, metadata={"help": "Channels in separable heads on wide features."})
+    head_width: int = field(default=64, metadata={"help": "Channels at which separable heads work."})
     image_size: int | None = field(default=None, metadata={"help": "Pixels. Defaults to the backbone's."})
+    plain: bool = field(default=False, metadata={"help": "Train the backbone without exits, to compare with."})
+    plain_metrics: str | None = field(
+        default=None, metadata={"help": "The `metrics.json` of a run with `--plain`, to show its accuracy."}
+    )
     beta: float = field(default=0.5, metadata={"help": "Acceleration that a point of accuracy is worth, in search."})
 
 
 def parse_arguments(arguments: list[str]) -> tuple[DataArguments, ModelArguments, ScanTrainingArguments]:
     """Flags, after a recipe or without one."""
     if arguments and arguments[0].endswith((".yaml", ".yml")):
-        path = Path(arguments[0])
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no recipe {path}; expected a YAML file of flags.")
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(recipe, dict):
-            raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; expected a line `flag: value` each.")
         flags: list[str] = []
-        for name, value in recipe.items():
+        for name, value in read_recipe(Path(arguments[0])).items():
             items = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
         arguments = [*flags, *arguments[1:]]
@@ -91,6 +115,17 @@ def parse_arguments(arguments: list[str]) -> tuple[DataArguments, ModelArguments
         (DataArguments, ModelArguments, ScanTrainingArguments), description=__doc__.splitlines()[0], allow_abbrev=False
     )
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The flags of a recipe, and of one beside it that it includes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {path}; expected a YAML file of flags.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; expected a line `flag: value` each.")
+    included = recipe.pop("include", None)
+    return {**read_recipe(path.parent / included), **recipe} if included else recipe
 
 
 def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
@@ -118,12 +153,40 @@ def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
     return splits
 
 
+def prepare_images(
+    splits: DatasetDict, data: DataArguments, args: ScanTrainingArguments, processor: BaseImageProcessor
+) -> dict[str, Any]:
+    """Each split as a dataset of `pixel_values` and `labels`, the train split augmented."""
+    held_out = {name: splits[name].with_transform(eval_transform(processor)) for name in splits if name != "train"}
+    settings: dict[str, Any] = {
+        "crop": data.crop,
+        "flip": data.flip,
+        "auto_augment": data.auto_augment,
+        "erase": data.erase,
+    }
+    if not data.in_memory:
+        train = splits["train"].with_transform(train_transform(processor, **settings))
+        return {**held_out, "train": SeededImages(train, args.seed)}
+    if args.dataloader_num_workers == 0 and args.device.type != "cpu":
+        settings["device"] = args.device
+        args.dataloader_pin_memory = False
+    in_memory = {
+        name: list(tqdm(rows, desc=f"decoding the {name} split", leave=False)) for name, rows in held_out.items()
+    }
+    return {**in_memory, "train": SeededImages(ImagesInMemory(splits["train"], processor, **settings), args.seed)}
+
+
 def main() -> None:
     data, network, args = parse_arguments(sys.argv[1:])
     if args.push_to_hub:
         raise ValueError("`--push_to_hub` is not supported by this script. Load the result and call `push_to_hub`.")
     if args.eval_strategy != "no" and not data.holdout:
         raise ValueError("`--eval_strategy` needs images that are not trained on; set `--holdout` above 0.")
+    if network.plain and (args.mixup_alpha or args.cutmix_alpha):
+        raise ValueError("`--plain` trains with a stock `Trainer`, which mixes no images; leave out both alphas.")
+    plain_accuracy_there = None
+    if network.plain_metrics is not None:
+        plain_accuracy_there = json.loads(Path(network.plain_metrics).read_text(encoding="utf-8"))["accuracy"]
     check_replaceable(args.output_dir, KEPT)
     set_seed(args.seed)
     with args.main_process_first(desc="loading the dataset"):
@@ -143,49 +206,87 @@ def main() -> None:
         )
     )
     processor = create_image_processor(model)
-    augment = train_transform(processor, data.crop, data.flip)
-    train = splits["train"].with_transform(augment)
-    held_out = {name: splits[name].with_transform(eval_transform(processor)) for name in splits if name != "train"}
-    trainer = ScanTrainer(
-        model, args, train_dataset=train, eval_dataset=held_out.get("validation"), processing_class=processor
-    )
+    images = prepare_images(splits, data, args, processor)
+    settings: dict[str, Any] = {
+        "args": args,
+        "train_dataset": images["train"],
+        "eval_dataset": images.get("validation"),
+        "processing_class": processor,
+    }
+    # Convolutions are faster with the channels last, on CPUs and GPUs alike.
+    if network.plain:
+        plain = plain_copy(model).to(memory_format=torch.channels_last)
+        trainer: Trainer = Trainer(plain, compute_metrics=plain_accuracy, **settings)
+    else:
+        trainer = ScanTrainer(model.to(memory_format=torch.channels_last), **settings)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and checkpoint.lower() in ("true", "last"):
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = last_whole_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    if "search" in held_out:
+    if "search" in images and not network.plain:
         # One process searches, all of them score with what it found.
         found: list[Any] = [None]
         if args.process_index == 0:
-            found = [calibrate(model, held_out["search"], beta=network.beta, seed=args.seed)]
+            found = [calibrate(model, images["search"], beta=network.beta, seed=args.seed)]
         model.exit_config = broadcast_object_list(found)[0]
-    scores = trainer.evaluate(held_out["test"], metric_key_prefix="test")
-    if trainer.is_world_process_zero():
-        scores = {name.removeprefix("test_"): score for name, score in scores.items()}
-        report = exit_report(model, scores)
-        facts: dict[str, Any] = {
-            "dataset": data.dataset_name,
-            "splits": {name: len(rows) for name, rows in splits.items()},
-            "seed": args.seed,
-            "processes": args.world_size,
-            "recipe": {
-                "epochs": trainer.state.epoch,
-                "steps": trainer.state.global_step,
-                "images a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-                "schedule": str(args.lr_scheduler_type),
-                "weights": f"label {args.label_weight}, soft label {args.soft_label_weight}, hint {args.hint_weight}",
-            },
-        }
-        with replaced_folder(args.output_dir, KEPT) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
+    scores = trainer.evaluate(images["test"], metric_key_prefix="test")
+    if not trainer.is_world_process_zero():
+        return
+    scores = {name.removeprefix("test_"): score for name, score in scores.items()}
+    facts: dict[str, Any] = {
+        "dataset": dataset_title(data.dataset_name),
+        "splits": {name: len(rows) for name, rows in splits.items()},
+        "seed": args.seed,
+        "processes": args.world_size,
+        "machine": describe_machine(trainer.model.device),
+        "recipe": {
+            "epochs": trainer.state.epoch,
+            "steps": trainer.state.global_step,
+            "checkpoint": checkpoint_choice(trainer),
+            "images a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+            "schedule": str(args.lr_scheduler_type),
+        },
+    }
+    print(f"\n{len(splits['test'])} test images of {facts['dataset']}, seed {args.seed}")
+    if network.plain:
+        report: dict[str, Any] = {"accuracy": scores["accuracy"]}
+        print(f"plain {network.backbone}: {scores['accuracy']:.2%}")
+    else:
+        report = exit_report(model, scores, plain_accuracy=plain_accuracy_there)
+        facts["recipe"]["distillation"] = distillation_summary(args)
+        print("\n".join([exit_table(report), *speedup_lines(report)]))
+    with replaced_folder(args.output_dir, KEPT) as folder:
+        trainer.model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
+        if not network.plain:
             name = args.hub_model_id or args.output_dir
             create_model_card(model, report, facts, model_name=name).save(folder / "README.md")
-        print(f"\n{len(splits['test'])} test images of {data.dataset_name}, seed {args.seed}")
-        print("\n".join([exit_table(report), *speedup_lines(report), f"Written to {args.output_dir}"]))
+            if any("loss" in entry for entry in trainer.state.log_history):  # or it was too short to log
+                plot_training(trainer.state.log_history, folder / "training.png")
+    print(f"Written to {args.output_dir}")
+
+
+def dataset_title(name: str) -> str:
+    """What to call a dataset where others read it: a folder of this machine by its own name only."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def checkpoint_choice(trainer: Trainer) -> str:
+    """Which weights were tested."""
+    if trainer.state.best_model_checkpoint is None or not trainer.args.load_best_model_at_end:
+        return "the last"
+    metric = trainer.args.metric_for_best_model
+    return f"best {metric} on the validation split, step {trainer.state.best_global_step}"
+
+
+def distillation_summary(args: ScanTrainingArguments) -> str:
+    """The terms of the loss, in words."""
+    temperature = f"T {args.distillation_temperature}{' with' if args.scale_by_temperature else ' without'} T^2"
+    weights = f"label {args.label_weight}, soft label {args.soft_label_weight}, hint {args.hint_weight}"
+    return f"{weights}, {temperature}, teacher {args.distillation_teacher}"
 
 
 if __name__ == "__main__":

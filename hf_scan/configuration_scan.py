@@ -53,9 +53,10 @@ class ScanConfig(PreTrainedConfig):
         attention_type (`str`, *optional*, defaults to `"separable"`):
             Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap) or `"none"`.
         classifier_type (`str`, *optional*, defaults to `"separable"`):
-            Shallow classifier of each early exit: `"conv"` (the paper's) or `"separable"` (cheap).
+            Shallow classifier of each early exit: `"conv"` (the paper's) or `"separable"` (cheap: attention and
+            classifier see the feature at `head_width` and at most twice the deepest map's height and width).
         head_width (`int`, *optional*, defaults to 64):
-            Channels to which `"separable"` classifiers reduce a wider feature before anything else.
+            Channels at which heads with `"separable"` classifiers work.
         num_channels (`int`, *optional*, defaults to 3):
             Channels of the input image.
         image_size (`int`, *optional*):
@@ -83,7 +84,7 @@ class ScanConfig(PreTrainedConfig):
 
     model_type = "scan"
     # So that `EvalPrediction.predictions` of a plain `Trainer` is the array of logits that its users expect.
-    keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features"]
+    keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features", "attentions"]
 
     backbone: str = "cifar_resnet18"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)

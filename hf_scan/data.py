@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
+from tqdm.auto import tqdm
 from transformers import ConvNextImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -144,7 +147,7 @@ def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datas
 
 
 def train_transform(
-    processor: BaseImageProcessor, crop: str = "pad", flip: bool = True
+    processor: BaseImageProcessor, crop: str = "pad", flip: bool = True, auto_augment: str = "none", erase: float = 0.0
 ) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
     """
     A transform for `Dataset.with_transform` that augments.
@@ -155,17 +158,14 @@ def train_transform(
             random, as is usual for small images; `"resized"` crops a random part and resizes it, as is usual for
             ImageNet; `"none"` takes the same part as the processor.
         flip (`bool`, *optional*, defaults to `True`): Whether to mirror half of the images.
+        auto_augment (`str`, *optional*, defaults to `"none"`): One of torchvision's AutoAugment policies, `"cifar10"`
+            or `"imagenet"`, or `"none"`.
+        erase (`float`, *optional*, defaults to 0.0): Share of each image's area that a square blanks out (Cutout).
     """
-    size = processor.size["shortest_edge"]
-    interpolation = {0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR}.get(
-        int(processor.resample), InterpolationMode.BICUBIC
-    )
     crops: dict[str, list[torch.nn.Module]] = {
-        "pad": [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=size // 8)],
-        "resized": [v2.RandomResizedCrop(size, interpolation=interpolation)],
-        "none": [v2.Resize(int(size / processor.crop_pct), interpolation), v2.CenterCrop(size)]
-        if size < 384
-        else [v2.Resize((size, size), interpolation)],
+        "pad": [*_resize(processor, "pad"), v2.RandomCrop(_size(processor), padding=_size(processor) // 8)],
+        "resized": [v2.RandomResizedCrop(_size(processor), interpolation=_interpolation(processor))],
+        "none": _resize(processor, "none"),
     }
     if crop not in crops:
         raise ValueError(f"`crop` is {crop!r}; expected one of {sorted(crops)}.")
@@ -174,9 +174,11 @@ def train_transform(
             v2.RGB(),
             *crops[crop],
             *([v2.RandomHorizontalFlip()] if flip else []),
+            *_further(auto_augment),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(processor.image_mean, processor.image_std),
+            *_erase(erase),
         ]
     )
 
@@ -184,6 +186,161 @@ def train_transform(
         return {"pixel_values": [augment(image) for image in batch["image"]], "labels": batch["labels"]}
 
     return transform
+
+
+class ImagesInMemory(TorchDataset):
+    """
+    A split to train on, decoded once and held in memory as bytes, augmented by the batch: what [`train_transform`]
+    does, without its time for each image. On a `device`, images stay and are augmented there.
+
+    It is for images that are all as large once the shorter edge is resized, as those of CIFAR are, and that fit.
+    Leave `dataloader_num_workers` at 0, where there is nothing to wait for, unless `auto_augment` is used, which goes
+    from image to image; and `dataloader_pin_memory` off where images are on a device.
+
+    Args:
+        rows (`datasets.Dataset`): With columns `image` and `labels`, as [`prepare_columns`] makes them.
+        processor, crop, flip, auto_augment, erase: As for [`train_transform`]; `crop` is `"pad"` or `"none"`.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the images are.
+
+    Raises:
+        `ValueError`: if the images are not of one size, or `crop` is `"resized"`, which needs them as they were.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        processor: BaseImageProcessor,
+        crop: str = "pad",
+        flip: bool = True,
+        auto_augment: str = "none",
+        erase: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if crop not in ("pad", "none"):
+            raise ValueError(f"`crop` is {crop!r}; images in memory are cropped as 'pad' or 'none'.")
+        size = _size(processor)
+        decode = v2.Compose([v2.RGB(), *_resize(processor, crop), v2.PILToTensor()])
+        images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        for index, row in enumerate(tqdm(rows, desc="decoding images", leave=False)):
+            image = decode(row["image"])
+            if image.shape[1:] != (size, size):
+                raise ValueError(
+                    f"Image {index} is {tuple(image.shape[1:])} pixels once resized; images in memory are squares of "
+                    f"{size}. Use `train_transform`."
+                )
+            images[index] = image
+        self.images = images.to(device)
+        self.labels = list(rows["labels"])
+        self.flip = flip
+        self.padding = size // 8 if crop == "pad" else 0
+        self.further = v2.Compose(steps) if (steps := _further(auto_augment)) else None
+        self.erase = v2.Compose(steps) if (steps := _erase(erase)) else None
+        self.normalize = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A batch of rows, as PyTorch's loaders ask for it."""
+        images = self.images[torch.tensor(indices, device=self.images.device)]
+        # torchvision's own would move all images of a batch by the same random amount.
+        if self.padding:
+            images = _random_crop(images, self.padding)
+        if self.flip:
+            mirrored = torch.rand(len(images), device=images.device) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if self.further is not None:
+            images = torch.stack([self.further(image) for image in images])
+        images = self.normalize(images)
+        if self.erase is not None:
+            images = torch.stack([self.erase(image) for image in images])
+        return [{"pixel_values": image, "labels": self.labels[index]} for image, index in zip(images, indices)]
+
+
+class SeededImages(TorchDataset):
+    """
+    A dataset that augments, with the randomness of each batch drawn from a seed, the epoch and the rows in it. So a
+    run that was interrupted goes on with the images that it would have seen, which the loaders' reading ahead prevents
+    otherwise, whatever the number of workers.
+
+    Args:
+        rows (`datasets.Dataset` or [`ImagesInMemory`]): With a transform that draws from PyTorch's generators.
+        seed (`int`): The run's.
+    """
+
+    def __init__(self, rows: Any, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's loaders call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A batch of rows, as PyTorch's loaders ask for it."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(hash((self.seed, self.epoch, *indices)) % 2**63)
+            return self.rows.__getitems__(indices)
+
+
+def _random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
+    """A part of each padded image that is as large as the image was, each at its own random place."""
+    size = images.shape[-1]
+    padded = F.pad(images, [padding] * 4)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # views: (n, channels, places, places, size, size)
+    rows, top, left = (
+        torch.arange(len(images), device=images.device),
+        *torch.randint(2 * padding + 1, (2, len(images)), device=images.device),
+    )
+    return windows[rows, :, top, left]
+
+
+def _size(processor: BaseImageProcessor) -> int:
+    return processor.size["shortest_edge"]
+
+
+def _interpolation(processor: BaseImageProcessor) -> InterpolationMode:
+    known = {0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR}
+    return known.get(int(processor.resample), InterpolationMode.BICUBIC)
+
+
+def _resize(processor: BaseImageProcessor, crop: str) -> list[torch.nn.Module]:
+    """What is done to an image before anything random is."""
+    size, interpolation = _size(processor), _interpolation(processor)
+    if crop == "pad":
+        return [v2.Resize(size, interpolation)]
+    if size < 384:
+        return [v2.Resize(int(size / processor.crop_pct), interpolation), v2.CenterCrop(size)]
+    return [v2.Resize((size, size), interpolation)]
+
+
+def _further(auto_augment: str) -> list[torch.nn.Module]:
+    policies = {"cifar10": v2.AutoAugmentPolicy.CIFAR10, "imagenet": v2.AutoAugmentPolicy.IMAGENET}
+    if auto_augment == "none":
+        return []
+    if auto_augment not in policies:
+        raise ValueError(f"`auto_augment` is {auto_augment!r}; expected 'none' or one of {sorted(policies)}.")
+    return [v2.AutoAugment(policies[auto_augment])]
+
+
+def _erase(share: float) -> list[torch.nn.Module]:
+    """Cutout (DeVries and Taylor, 2017), with squares that lie within the image."""
+    if not 0 <= share < 1:
+        raise ValueError(f"`erase` is {share}; expected a share of the image's area of at least 0 and below 1.")
+    return [v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0))] if share else []
 
 
 def eval_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:

@@ -23,12 +23,13 @@ def separable_conv_norm(in_channels: int, out_channels: int, stride: int) -> lis
 
 class ConvAttention(nn.Module):
     """
-    The paper's attention module: a mask from a stride-2 convolution and a transposed one, multiplied with the feature.
+    The paper's attention module: a mask from a stride-2 convolution and a transposed one.
 
     Source: the SCAN authors' published code.
 
     Args:
-        channels (`int`): Channels of the feature, `(batch_size, channels, height, width)` in and out.
+        channels (`int`): Channels of the feature `(batch_size, channels, height, width)`, and of the mask, which is as
+            large and lies between 0 and 1.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,7 +45,7 @@ class ConvAttention(nn.Module):
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         height, width = feature.shape[-2:]
         # On a map of odd size the mask comes out one pixel larger.
-        return feature * self.mask(feature)[..., :height, :width]
+        return self.mask(feature)[..., :height, :width]
 
 
 class SeparableAttention(nn.Module):
@@ -52,7 +53,7 @@ class SeparableAttention(nn.Module):
     The same mask from two separable convolutions at half the resolution, enlarged bilinearly.
 
     Args:
-        channels (`int`): Channels of the feature, `(batch_size, channels, height, width)` in and out.
+        channels (`int`): As for [`ConvAttention`].
     """
 
     def __init__(self, channels: int) -> None:
@@ -66,7 +67,7 @@ class SeparableAttention(nn.Module):
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         # The sigmoid before the enlargement, where there is a quarter of the numbers.
         mask = self.mask(feature).sigmoid()
-        return feature * nn.functional.interpolate(mask, size=feature.shape[-2:], mode="bilinear")
+        return nn.functional.interpolate(mask, size=feature.shape[-2:], mode="bilinear")
 
 
 class ConvClassifier(nn.Module):
@@ -105,7 +106,7 @@ class ConvClassifier(nn.Module):
 class SeparableClassifier(nn.Module):
     """
     A chain of separable stride-2 convolutions, each doubling the channels, down to the deepest feature's map. The
-    widening to the deepest feature's width comes after the pooling, where it costs one multiplication a weight.
+    last widening comes after the pooling, where it costs one multiplication a weight.
 
     Args:
         channels, stride, feature_size, num_labels: as for [`ConvClassifier`].
@@ -130,15 +131,19 @@ class SeparableClassifier(nn.Module):
         return pooled, self.fc(pooled)
 
 
-ATTENTION_TYPES: dict[str, type[nn.Module]] = {
+ATTENTION_TYPES: dict[str, type[ConvAttention] | type[SeparableAttention]] = {
     "conv": ConvAttention,
     "separable": SeparableAttention,
-    "none": nn.Identity,
 }
 CLASSIFIER_TYPES: dict[str, type[ConvClassifier] | type[SeparableClassifier]] = {
     "conv": ConvClassifier,
     "separable": SeparableClassifier,
 }
+
+
+# On a deepest feature of thousands of channels, the last layer of a cheap exit would cost more than all before it: in
+# parameters, and at batch size 1 in time.
+MAX_SEPARABLE_FEATURE_SIZE = 512
 
 
 class ExitHead(nn.Module):
@@ -164,21 +169,31 @@ class ExitHead(nn.Module):
         head_width: int = 64,
     ) -> None:
         super().__init__()
-        self.squeeze: nn.Module = nn.Identity()
-        # Everything behind the bottleneck costs the bottleneck's width, however wide the backbone is.
-        if classifier_type == "separable" and channels > head_width:
-            self.squeeze = nn.Sequential(*conv_norm(channels, head_width), nn.ReLU(inplace=True))
-            channels = head_width
-        self.attention = ATTENTION_TYPES[attention_type](channels)
-        self.classifier = CLASSIFIER_TYPES[classifier_type](channels, stride, feature_size, num_labels)
+        own_size = feature_size
+        self.squeeze = nn.Sequential()
+        if classifier_type == "separable":
+            # A head is dear where maps are fine or wide, so all of it works at one width and on a map at most twice as
+            # fine as the deepest one. The paper's classifier, too, takes a fine map in by one large stride.
+            patch = max(min(stride, 2), stride // 2)
+            if patch > 1:
+                self.squeeze.append(nn.Conv2d(channels, channels, patch, patch, groups=channels, bias=False))
+            self.squeeze.extend([*conv_norm(channels, head_width), nn.ReLU(inplace=True)])
+            channels, stride = head_width, stride // patch
+            own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
+        self.attention = None if attention_type == "none" else ATTENTION_TYPES[attention_type](channels)
+        self.classifier = CLASSIFIER_TYPES[classifier_type](channels, stride, own_size, num_labels)
+        self.hint_projection = nn.Identity() if own_size == feature_size else nn.Linear(own_size, feature_size)
 
-    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Args:
             feature (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The stage's feature.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the pooled feature `(batch_size, feature_size)` for the hint loss,
-            and the logits `(batch_size, num_labels)`.
+            `tuple`: the exit's own feature, which its last layer reads and `hint_projection` brings to the deepest
+            feature's width; the logits `(batch_size, num_labels)`; and the attention mask, if there is one.
         """
-        return self.classifier(self.attention(self.squeeze(feature)))
+        feature = self.squeeze(feature)
+        mask = None if self.attention is None else self.attention(feature)
+        pooled, logits = self.classifier(feature if mask is None else feature * mask)
+        return pooled, logits, mask

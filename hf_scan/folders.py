@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 
 @contextmanager
 def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
@@ -69,12 +71,31 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
     shutil.rmtree(workshop)
 
 
-def _holds_scan_model(path: Path) -> bool:
+def last_whole_checkpoint(path: str | Path) -> str | None:
+    """
+    The newest of a run's checkpoints that was written to its end, to resume from. A process that is killed, or a disk
+    that is full, can leave one that was not.
+
+    Args:
+        path (`str` or `Path`): The `output_dir` of a `Trainer`.
+
+    Returns:
+        `str`, *optional*: its folder, if there is one.
+    """
+    checkpoints = [folder for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    for folder in sorted(checkpoints, key=lambda folder: int(folder.name[11:]), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # which is written last
+            return str(folder)
+    return None
+
+
+def _holds_model(path: Path) -> bool:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == "scan"
+    return isinstance(config, dict) and config.get("model_type") in ("scan", "timm_wrapper")
 
 
 def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
@@ -92,7 +113,7 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
         `NotADirectoryError`: if `path` is a file.
         `PermissionError`: if it cannot be written beside `path`, or `path` is a mount point.
         `FileExistsError`: if `path` is the working folder or one around it, or holds more than what is kept
-            and no `config.json` of a SCAN model.
+            and no `config.json` of a SCAN model or a plain backbone.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -106,7 +127,7 @@ def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
     if Path.cwd().is_relative_to(path):
         raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
     kept = {entry for pattern in keep for entry in path.glob(pattern)}
-    if path.is_dir() and set(path.iterdir()) - kept and not _holds_scan_model(path):
+    if path.is_dir() and set(path.iterdir()) - kept and not _holds_model(path):
         raise FileExistsError(
             f"{path} holds files but no model, and would be replaced as a whole. Choose another path, or empty it."
         )

@@ -3,6 +3,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ class ScanImageClassifierOutput(ModelOutput):
         exit_logits (`tuple[torch.FloatTensor]`): One of the same shape per exit, from shallow to deep.
         ensemble_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Mean over the exits.
         exit_features (`tuple[torch.FloatTensor]`, *optional*, returned when `output_exit_features=True`):
-            One of shape `(batch_size, feature_size)` per exit: what its last layer reads.
+            One of shape `(batch_size, feature_size)` per exit: what the backbone's last layer reads, and of each early
+            exit the same, brought to that width where it is narrower.
+        attentions (`tuple[torch.FloatTensor]`, *optional*, returned when `output_attentions=True`):
+            The mask of each early exit, `(batch_size, channels, height, width)` between 0 and 1: what its attention
+            lets through of the feature it looks at.
     """
 
     loss: torch.Tensor | None = None
@@ -47,6 +52,7 @@ class ScanImageClassifierOutput(ModelOutput):
     exit_logits: tuple[torch.Tensor, ...] = None  # type: ignore[assignment]
     ensemble_logits: torch.Tensor = None  # type: ignore[assignment]
     exit_features: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
@@ -91,6 +97,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
         self.num_labels = config.num_labels
         self.gradient_checkpointing = False  # of whole stages; set by Transformers
+        self.backbone_frozen = False
         self.backbone = _create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
@@ -147,6 +154,21 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
 
+    def freeze_backbone(self) -> None:
+        """
+        From now on, only the early exits are trained: the backbone gets no gradient, and it stays in evaluation mode
+        when the model is put into training mode, so that its batch norm statistics and its answers stay as they are.
+        """
+        self.backbone.requires_grad_(False)
+        self.backbone_frozen = True
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> "ScanForImageClassification":
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
     def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """
         Runs a stage of the backbone.
@@ -162,6 +184,27 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             return self._gradient_checkpointing_func(self.stages[index].run, self.backbone, state)
         return self.stages[index].run(self.backbone, state)
 
+    def _run_stages(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The feature of each stage as its head wants it, and at last the one that the backbone's own head wants."""
+        state: tuple[Any, ...] = (pixel_values,)
+        for index, stage in enumerate(self.stages):
+            state = self.run_stage(index, state)
+            yield state[0] if index == self.num_exits - 1 else stage.feature(state)
+
+    def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Runs the backbone only.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+
+        Returns:
+            `tuple[torch.Tensor]`: what each early exit looks at, `(batch_size, channels, height, width)`, and what the
+            backbone's own head does. [`~ScanForImageClassification.forward`] takes it as `stage_features`.
+        """
+        self.check_pixel_values(pixel_values)
+        return tuple(self._run_stages(pixel_values))
+
     def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
         """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == self.num_exits - 1:
@@ -174,9 +217,11 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        stage_features: tuple[torch.Tensor, ...] | None = None,
         output_exit_features: bool = False,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> ScanImageClassifierOutput | tuple[Any, ...]:
         """
@@ -185,27 +230,41 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class indices, for the loss.
+            stage_features (`tuple[torch.Tensor]`, *optional*): In place of images, what
+                [`~ScanForImageClassification.extract_features`] returned for them. Then only the heads are run.
             output_exit_features (`bool`, *optional*, defaults to `False`): Whether to return each exit's feature.
+            output_attentions (`bool`, *optional*): Whether to return the attention mask of each early exit. Defaults
+                to `config.output_attentions`.
             return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
 
         Raises:
             `ValueError`: if the images are not what the network takes. On the CPU, where looking costs no transfer,
                 also if pixels are NaN or infinite or labels are out of range.
         """
-        look = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
-        self.check_pixel_values(pixel_values, values=look)
-        if labels is not None and look:
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        look = not torch.compiler.is_compiling()
+        if pixel_values is not None:
+            self.check_pixel_values(pixel_values, values=look and pixel_values.device.type == "cpu")
+            features = self._run_stages(pixel_values)
+        elif stage_features is not None:
+            features = iter(stage_features)
+        else:
+            raise ValueError("Neither `pixel_values` nor `stage_features` are given; expected images, or features.")
+        if labels is not None and look and labels.device.type == "cpu":
             self.check_labels(labels)
 
         exit_logits: list[torch.Tensor] = []
         exit_features: list[torch.Tensor] = []
-        state: tuple[Any, ...] = (pixel_values,)
-        for index, head in enumerate(self.exit_heads):
-            state = self.run_stage(index, state)
-            pooled, logits = head(self.stages[index].feature(state))
-            exit_features.append(pooled)
+        masks: list[torch.Tensor] = []
+        for head in self.exit_heads:
+            pooled, logits, mask = head(next(features))
             exit_logits.append(logits)
-        (feature,) = self.run_stage(self.num_exits - 1, state)
+            if mask is not None:
+                masks.append(mask)
+            if output_exit_features:
+                exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
+        feature = next(features)
         exit_logits.append(self.backbone.forward_head(feature))
         if output_exit_features:
             # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
@@ -221,6 +280,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             exit_logits=tuple(exit_logits),
             ensemble_logits=torch.stack(exit_logits).mean(dim=0),
             exit_features=tuple(exit_features) if output_exit_features else None,
+            attentions=tuple(masks) if masks and output_attentions else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

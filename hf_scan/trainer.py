@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
+from timm.data import Mixup
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from torch.utils.data import default_collate
+from transformers import AutoModelForImageClassification, EvalPrediction, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
 from .data import create_image_processor
-from .losses import SelfDistillationLoss
+from .folders import last_whole_checkpoint
+from .losses import SelfDistillationLoss, weights_per_exit
 from .metrics import ScanAccuracy
 from .modeling_scan import ScanForImageClassification
+from .stage_features import StageFeatures
 from .training_args import ScanTrainingArguments
 
 
@@ -34,7 +39,15 @@ class ScanTrainer(Trainer):
     Args:
         model ([`ScanForImageClassification`]): The network.
         args ([`ScanTrainingArguments`], *optional*): Defaults to `ScanTrainingArguments(output_dir="tmp_trainer")`.
+        teacher ([`~transformers.PreTrainedModel`], *optional*):
+            A trained classifier to distil from, in place of the one that `args.distillation_teacher` names.
         kwargs: As for [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: if an argument would be ignored, weights do not fit the network's exits, or the teacher knows
+            another number of classes.
+        `FloatingPointError`: in training, if a term of the loss is not finite. It names the term, and the weights are
+            still those of the step before.
 
     Example:
 
@@ -56,6 +69,7 @@ class ScanTrainer(Trainer):
         args: ScanTrainingArguments | None = None,
         *,
         processing_class: BaseImageProcessor | None = None,
+        teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or ScanTrainingArguments(output_dir="tmp_trainer")
@@ -72,16 +86,35 @@ class ScanTrainer(Trainer):
         if self._scores_exits:
             kwargs["compute_metrics"] = self._compute_exit_metrics
             kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
+        if isinstance(kwargs.get("train_dataset"), StageFeatures):
+            other_teacher = teacher is not None or args.distillation_teacher not in ("deepest", "ensemble")
+            if other_teacher or args.mixup_alpha or args.cutmix_alpha or not args.freeze_backbone:
+                raise ValueError(
+                    "Features of a frozen backbone cannot be mixed, nor shown to another teacher: they are no images. "
+                    "Set `freeze_backbone`, and leave the teacher, `mixup_alpha` and `cutmix_alpha` at their "
+                    "defaults; or train on the images."
+                )
+            kwargs.setdefault("data_collator", default_collate)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
         self.model_accepts_loss_kwargs = False
-        self.distillation = SelfDistillationLoss(
-            label_weight=args.label_weight,
-            soft_label_weight=args.soft_label_weight,
-            hint_weight=args.hint_weight,
-            temperature=args.distillation_temperature,
-            label_smoothing=args.label_smoothing_factor,
-        )
+        self.distillation = _create_loss(args)
+        num_exits = self.model.num_exits
+        weights_per_exit("label_weight", self.distillation.label_weight, num_exits)
+        weights_per_exit("soft_label_weight", self.distillation.soft_label_weight, num_exits)
+        hint_weights = weights_per_exit("hint_weight", self.distillation.hint_weight, num_exits)
+        self._needs_hint = any(hint_weights)
+        for head, weight in zip(self.model.exit_heads, hint_weights):
+            # Without a hint nothing reads them, and DDP waits for the gradient of whatever wants one.
+            head.hint_projection.requires_grad_(weight > 0)
+        if args.freeze_backbone:
+            self.model.freeze_backbone()
+        self.teacher = self._prepare_teacher(teacher)
+        self._mixup: Mixup | None = None
+        if args.mixup_alpha or args.cutmix_alpha:
+            self._mixup = Mixup(
+                args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=self.model.num_labels
+            )
         # Sums since the last log, on the device: reading them at each step would wait for it.
         self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._term_steps = 0
@@ -107,17 +140,61 @@ class ScanTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        outputs = model(pixel_values=inputs["pixel_values"], output_exit_features=True)
+        images = {name: inputs[name] for name in ("pixel_values", "stage_features") if name in inputs}
         labels = inputs["labels"]
-        if labels.device.type == "cpu":
+        if labels.device.type == "cpu" and labels.ndim == 1:
             self.model.check_labels(labels)
-        terms = self.distillation(outputs.exit_logits, outputs.exit_features, labels)
+        # timm mixes in pairs: an odd last batch stays as it is.
+        if self._mixup is not None and model.training and len(labels) % 2 == 0:
+            images["pixel_values"], labels = self._mixup(images["pixel_values"], labels)
+        outputs = model(**images, output_exit_features=self._needs_hint)
+        teacher_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images["pixel_values"]).logits
+        elif self.args.distillation_teacher == "ensemble":
+            teacher_logits = outputs.ensemble_logits
+        terms = self.distillation(
+            outputs.exit_logits, outputs.exit_features, labels, teacher_logits, self._distillation_scale()
+        )
         if model.training:
             for name, term in terms.items():
                 self._term_sums[name] += term.detach()
             self._term_steps += 1
         loss = torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # After the backward pass is under way, and before the optimizer moves a weight.
+        sums = torch.stack(list(self._term_sums.values()))
+        if not sums.isfinite().all():
+            index = int((~sums.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"`{list(self._term_sums)[index]}` is not finite at step {self.state.global_step + 1}; training stops "
+                "with the weights of the step before. Lower the learning rate or the term's weight, or set "
+                "`max_grad_norm`."
+            )
+        return loss
+
+    def _distillation_scale(self) -> float:
+        steps = self.args.distillation_warmup_steps
+        if 0 < steps < 1:
+            steps *= self.state.max_steps
+        return min(1.0, self.state.global_step / steps) if steps and self.model.training else 1.0
+
+    def _prepare_teacher(self, teacher: PreTrainedModel | None) -> PreTrainedModel | None:
+        name = self.args.distillation_teacher
+        if teacher is None and name not in ("deepest", "ensemble"):
+            teacher = AutoModelForImageClassification.from_pretrained(name)
+        if teacher is None:
+            return None
+        if teacher.config.num_labels != self.model.num_labels:
+            raise ValueError(
+                f"The teacher knows {teacher.config.num_labels} classes and the network {self.model.num_labels}; "
+                "expected the same. Choose a teacher that was trained on these classes."
+            )
+        return teacher.requires_grad_(False).eval().to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # All processes log together, after the same number of steps.
@@ -158,9 +235,35 @@ class ScanTrainer(Trainer):
             predictions=predictions, confidences=confidences, references=prediction.label_ids, **adaptive
         )
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's for a file that it cannot write
+            folder = Path(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+            last = last_whole_checkpoint(folder.parent)
+            raise OSError(
+                f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
+                f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
+            ) from error
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies the files it knows.
         exit_config = Path(checkpoint_folder, EXIT_CONFIG_NAME)
         if self.is_world_process_zero() and exit_config.is_file():
             shutil.copy(exit_config, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _create_loss(args: ScanTrainingArguments) -> SelfDistillationLoss:
+    settings = (args.label_weight, args.soft_label_weight, args.hint_weight)
+    label_weight, soft_label_weight, hint_weight = (weights or [] for weights in settings)
+    return SelfDistillationLoss(
+        label_weight=label_weight,
+        soft_label_weight=soft_label_weight,
+        hint_weight=hint_weight,
+        temperature=float(args.distillation_temperature or 1.0),
+        scale_by_temperature=bool(args.scale_by_temperature),
+        label_smoothing=args.label_smoothing_factor,
+    )

@@ -2,10 +2,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
 
-from hf_scan.data import create_image_processor, eval_transform, prepare_columns, split_off, train_transform
+from hf_scan.data import (
+    ImagesInMemory,
+    SeededImages,
+    create_image_processor,
+    eval_transform,
+    prepare_columns,
+    split_off,
+    train_transform,
+)
 
 from .conftest import random_scan_model
 
@@ -164,3 +174,116 @@ def test_an_empty_split():
     rows = pictures()["train"]
     with pytest.raises(ValueError, match="The 'test' split is empty"):
         prepare_columns(DatasetDict(train=rows, test=rows.select([])), "img", "fine_label")
+
+
+def colours(n: int = 12, size: int = 16) -> tuple:
+    """Rows as `prepare_columns` makes them, and the processor of a network for them."""
+    processor = create_image_processor(random_scan_model(image_size=size))
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
+    features = Features({"image": Image(), "labels": ClassLabel(num_classes=3)})
+    return Dataset.from_dict({"image": images, "labels": [i % 3 for i in range(n)]}, features=features), processor
+
+
+def test_images_in_memory_without_augmentation_are_those_of_evaluation():
+    rows, processor = colours()
+    rows_in_memory = ImagesInMemory(rows, processor, crop="none", flip=False)
+    expected = rows.with_transform(eval_transform(processor))
+    assert len(rows_in_memory) == 12
+    for index in range(12):
+        row = rows_in_memory[index]
+        assert row["labels"] == index % 3
+        assert (row["pixel_values"] - expected[index]["pixel_values"]).abs().max() < 2 / 255 / min(processor.image_std)
+
+
+def test_images_in_memory_are_cropped_and_mirrored_each_on_its_own():
+    """Each is a part of its padded image, which one can find; all places and both directions occur."""
+    rows, processor = colours()
+    plain = torch.stack([row["pixel_values"] for row in ImagesInMemory(rows, processor, crop="none", flip=False)])
+    black = -torch.tensor(processor.image_mean) / torch.tensor(processor.image_std)
+    padded = black[None, :, None, None].repeat(12, 1, 20, 20)
+    padded[..., 2:18, 2:18] = plain
+    torch.manual_seed(0)
+    dataset = ImagesInMemory(rows, processor, crop="pad", flip=True)
+    seen = set()
+    for _ in range(20):
+        for index, row in enumerate(dataset.__getitems__(list(range(12)))):
+            places = [
+                (top, left, mirrored)
+                for top in range(5)
+                for left in range(5)
+                for mirrored in (False, True)
+                if torch.allclose(
+                    row["pixel_values"].flip(-1) if mirrored else row["pixel_values"],
+                    padded[index, :, top : top + 16, left : left + 16],
+                    atol=1e-5,
+                )
+            ]
+            assert len(places) == 1
+            seen.update(places)
+    assert len(seen) == 50
+    batch = dataset.__getitems__([3] * 12)
+    assert len({tuple(row["pixel_values"].flatten().tolist()) for row in batch}) > 6
+
+
+def test_further_augmentation_is_the_same_in_memory_and_by_the_image():
+    rows, processor = colours()
+    settings = {"crop": "none", "flip": False, "auto_augment": "cifar10", "erase": 0.25}
+    torch.manual_seed(0)
+    expected = rows.with_transform(train_transform(processor, **settings))[0]["pixel_values"]
+    torch.manual_seed(0)
+    found = ImagesInMemory(rows, processor, **settings)[0]["pixel_values"]
+    assert (found - expected).abs().max() < 2 / 255 / min(processor.image_std)
+    blank = (found == 0).all(dim=0)
+    assert blank.sum() == 64  # a quarter of 16 x 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop": "resized"}, "`crop` is 'resized'; images in memory are cropped as 'pad' or 'none'"),
+        ({"auto_augment": "svhn"}, r"`auto_augment` is 'svhn'; expected 'none' or one of \['cifar10', 'imagenet'\]"),
+        ({"erase": 1.0}, "`erase` is 1.0; expected a share of the image's area"),
+    ],
+)
+def test_augmentation_that_does_not_exist(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImagesInMemory(*colours(), **settings)
+
+
+def test_images_of_other_shapes_are_not_for_memory():
+    rows, processor = colours()
+    wide = rows.map(lambda row: {"image": row["image"].resize((24, 16))})
+    with pytest.raises(ValueError, match=r"Image 0 is \(16, 24\) pixels once resized; .* squares of 16"):
+        ImagesInMemory(wide, processor)
+
+
+def test_seeded_images_depend_on_seed_epoch_and_batch_only():
+    """Not on what was drawn before, nor do they draw from what others use."""
+    rows, processor = colours()
+
+    def batch(seed, epoch, indices, in_memory=True):
+        images = ImagesInMemory(rows, processor) if in_memory else rows.with_transform(train_transform(processor))
+        dataset = SeededImages(images, seed)
+        dataset.set_epoch(epoch)
+        assert len(dataset) == 12
+        return torch.stack([row["pixel_values"] for row in dataset.__getitems__(indices)])
+
+    for in_memory in (True, False):
+        torch.manual_seed(0)
+        first = batch(1, 2, [3, 4, 5], in_memory)
+        state = torch.get_rng_state()
+        torch.manual_seed(7)
+        assert torch.equal(first, batch(1, 2, [3, 4, 5], in_memory))
+        torch.manual_seed(0)
+        assert torch.equal(torch.get_rng_state(), state)
+        for other in ((2, 2, [3, 4, 5]), (1, 3, [3, 4, 5])):
+            assert not torch.equal(first, batch(*other, in_memory))
+
+
+def test_loaders_tell_seeded_images_the_epoch():
+    dataset = SeededImages(ImagesInMemory(*colours()), seed=0)
+    loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_size=1))
+    first, second = ([batch["pixel_values"] for batch in loader] for _ in range(2))
+    assert dataset.epoch == 1
+    assert not all(torch.equal(a, b) for a, b in zip(first, second))

@@ -1,11 +1,13 @@
 """The scripts as a user starts them, in processes of their own, on a small folder of parquet files."""
 
 import ast
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
 BIN = Path(sys.executable).parent
 
 
@@ -63,17 +67,12 @@ def flags(dataset_folder: Path, output_dir: Path, **changes) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(*command: str | Path, fails: bool = False) -> str:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": os.environ.get("HF_HOME", ""),
-    }
-    if not environment["HF_HOME"]:
-        del environment["HF_HOME"]
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=240
+        [str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, timeout=240
     )
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -107,6 +106,44 @@ def test_train_then_resume(dataset_folder, tmp_path):
     assert check_output(tmp_path / "run")["recipe"]["steps"] == 30
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_killed_and_resumed(dataset_folder, tmp_path, in_memory):
+    """In the middle of an epoch, by the operating system: the weights end up the same, bit for bit."""
+    changes = {"max_steps": 16, "save_steps": 2, "save_total_limit": 2, "in_memory": in_memory, "optim": "sgd"}
+    run(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "whole", **changes))
+
+    command = [sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "killed", **changes)]
+    process = subprocess.Popen([str(part) for part in command], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    steps = [int(folder.name.split("-")[1]) for folder in (tmp_path / "killed").glob("checkpoint-*")]
+    assert max(steps) < 16
+    assert not (tmp_path / "killed" / "config.json").exists()
+    run(*command, "--resume_from_checkpoint", "last")
+    for name in ("model.safetensors", "exit_config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_plain_by_the_same_recipe(dataset_folder, tmp_path):
+    """From the same initial weights; its accuracy then stands in the table of the network with exits."""
+    changes = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "in_memory": True}
+    plain = tmp_path / "plain"
+    run(sys.executable, EXAMPLES / "train.py", "--plain", *flags(dataset_folder, plain, **changes))
+    metrics = json.loads((plain / "metrics.json").read_text())
+    assert metrics["splits"] == {"train": 76, "test": 40, "search": 24, "validation": 20}
+    assert AutoModelForImageClassification.from_pretrained(plain).config.id2label[3] == "grey"
+    output = run(
+        *(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "scan", **changes)),
+        *("--plain_metrics", plain / "metrics.json"),
+    )
+    (row,) = (line for line in output.splitlines() if line.startswith("| plain backbone"))
+    assert f"{metrics['accuracy']:.2%}" in row
+    assert str(dataset_folder) not in (tmp_path / "scan" / "README.md").read_text()  # a path of this machine
+
+
 def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -121,6 +158,22 @@ def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
     metrics = check_output(output_dir)
     assert metrics["recipe"]["steps"] == 2
     assert [row["name"] for row in metrics["rows"][:2]] == ["exit 0 (layer2)", "exit 1 (layer3)"]
+
+
+@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one_for_its_network(recipe, tmp_path, monkeypatch):
+    """Every line of it is a flag, every network exists, and flags on the command line win."""
+    given = [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "--learning_rate", "0.5"]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    train = importlib.import_module("train")
+    data, network, args = train.parse_arguments(given)
+    dataset, backbone = recipe.stem.split("_", 1)
+    assert data.dataset_name == {"cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}[dataset]
+    assert network.backbone == ("cifar_" if dataset == "cifar100" else "") + backbone
+    assert args.learning_rate == 0.5
+    assert args.max_grad_norm == 0
+    with torch.device("meta"):
+        ScanForImageClassification(ScanConfig(backbone=network.backbone, num_labels=100))
 
 
 def test_two_processes(dataset_folder, tmp_path):
@@ -196,7 +249,7 @@ def test_quickstart(tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["splits"] == {"train": 1005, "search": 252, "test": 540}
     assert {file.name for file in folder.iterdir()} == {
-        *("README.md", "config.json", "exit_config.json", "exits.png", "metrics.json"),
+        *("README.md", "attention.png", "config.json", "exit_config.json", "exits.png", "metrics.json"),
         *("model.safetensors", "preprocessor_config.json"),
     }
     # The last process has loaded the folder and answered.
@@ -205,6 +258,9 @@ def test_quickstart(tmp_path):
     rows = metrics["rows"]
     assert [row["name"] for row in rows][-2:] == ["adaptive", "plain backbone"]
     assert sum(row.get("share", 0) for row in rows) == pytest.approx(1)
+    picture = tmp_path / "attention.png"
+    run(sys.executable, EXAMPLES / "show_attention.py", folder, folder / "exits.png", "--output", picture)
+    assert PILImage.open(picture).size[1] > 300
     mean = sum(row["share"] * row["macs"] for row in rows if "share" in row)
     assert rows[-2]["macs"] == pytest.approx(mean, rel=1e-6)
     assert torch.isfinite(torch.tensor(list(metrics["speedup"].values()))).all()

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
+from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs
 from hf_scan.exit_heads import ConvAttention, ConvClassifier, ExitHead, SeparableAttention
-
-from .conftest import random_scan_model
 
 
 def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -27,9 +26,8 @@ def test_conv_head_is_the_papers():
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (9, 6)])
 def test_attention_is_a_mask_between_0_and_1(attention, size):
     feature = torch.rand(2, 6, *size) + 0.1
-    attended = attention(6).eval()(feature)
-    assert attended.shape == feature.shape
-    mask = attended / feature
+    mask = attention(6).eval()(feature)
+    assert mask.shape == feature.shape
     assert (mask > 0).all()
     assert (mask < 1).all()
     assert mask.std() > 0
@@ -40,9 +38,10 @@ def test_attention_is_a_mask_between_0_and_1(attention, size):
 @pytest.mark.parametrize("channels", [16, 256])
 def test_every_kind_gives_a_feature_of_the_deepest_width(attention_type, classifier_type, channels):
     head = ExitHead(channels, 4, 96, 10, attention_type, classifier_type, head_width=32)
-    feature, logits = head(torch.randn(2, channels, 16, 16))
+    feature, logits, mask = head(torch.randn(2, channels, 16, 16))
     assert feature.shape == (2, 96)
     assert logits.shape == (2, 10)
+    assert (mask is None) == (attention_type == "none")
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
@@ -55,10 +54,31 @@ def test_the_stage_behind_never_sees_a_mask(model, images):
     assert torch.equal(feature, before)
 
 
-@pytest.mark.parametrize("backbone", ["cifar_resnet20", "cifar_resnet18", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "backbone",
+    """
+    cifar_resnet20 cifar_resnet18 cifar_resnet152 cifar_vgg16_bn cifar_wrn44_8 resnet18 resnet50 densenet121 vgg16_bn
+    efficientnet_b0 mobilenetv3_large_100 ghostnet_100 rexnet_100 hgnetv2_b0 convnext_tiny
+    swin_tiny_patch4_window7_224 vit_small_patch16_224 mobilevit_s
+    """.split(),  # noqa: SIM905
+)
 def test_default_heads_cost_a_few_percent(backbone):
-    costs = count_macs(random_scan_model(backbone=backbone, num_labels=100, image_size=None))
-    assert sum(costs.heads[:-1]) / costs.plain < 0.05
+    """On plain networks and on frugal ones, at 1,000 classes and the default size."""
+    with torch.device("meta"):
+        model = ScanForImageClassification(
+            ScanConfig(backbone=backbone, num_labels=100 if backbone.startswith("cifar_") else 1000)
+        )
+    costs = count_macs(model)
+    assert 0 < sum(costs.heads[:-1]) < 0.05 * costs.plain
+
+
+def test_a_cheap_head_works_at_one_width_and_near_the_deepest_map():
+    """Whatever the stage's map and width are; also where the map's size is odd."""
+    for stride, size, expected in ((8, 56, 14), (4, 28, 14), (2, 14, 7), (1, 7, 7), (8, 57, 14)):
+        squeezed = ExitHead(24, stride, feature_size=96, num_labels=3, head_width=32).squeeze(
+            torch.randn(1, 24, size, size)
+        )
+        assert squeezed.shape == (1, 32, expected, expected)
 
 
 def test_conv_classifier_takes_a_map_as_small_as_its_kernel():

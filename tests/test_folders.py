@@ -1,6 +1,6 @@
 import pytest
 
-from hf_scan.folders import check_replaceable, replaced_folder
+from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
 
 
 CONFIG = '{"model_type": "scan"}'
@@ -86,3 +86,13 @@ def test_a_path_below_a_file_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(PermissionError, match="is no folder that can be written to"):
         check_replaceable(tmp_path / "file" / "a" / "run")
+
+
+def test_the_last_checkpoint_that_was_written_to_its_end(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for step, state in ((9, "{}"), (20, '{"global_step": 20}'), (100, '{"global'), (200, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")

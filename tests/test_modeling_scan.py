@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import timm
@@ -21,6 +22,7 @@ from hf_scan.adaptive import apply_exit_rule, confidence_of
 from hf_scan.data import create_image_processor
 
 from .conftest import random_scan_model
+from .test_stages import EVERY_FAMILY
 
 
 BACKBONES = ["cifar_resnet20", "test_resnet", "resnetblur18", "convnext_atto", "test_efficientnet"]
@@ -90,6 +92,35 @@ def test_exit_features_lead_to_the_logits(model, images):
     torch.testing.assert_close(model.backbone.get_classifier()(out.exit_features[-1]), out.logits)
     torch.testing.assert_close(model.exit_heads[0].classifier.fc(out.exit_features[0]), out.exit_logits[0])
     assert not out.exit_features[-1].requires_grad
+    # Where the deepest feature is wider than an exit's own, the two are made comparable.
+    wide = ScanForImageClassification(ScanConfig(backbone="cifar_resnet50", image_size=8)).eval()
+    assert {feature.shape for feature in wide(images[..., :8, :8], output_exit_features=True).exit_features} == {
+        (24, 2048)
+    }
+    assert wide.exit_heads[0].classifier.fc.in_features == 512
+
+
+def test_attention_masks(model, images):
+    out = model(images, output_attentions=True)
+    assert [mask.shape[:2] for mask in out.attentions] == [(24, 64)] * 2
+    assert all(mask.min() > 0 and mask.max() < 1 for mask in out.attentions)
+    # What the exit sees is its feature through the mask.
+    (feature,) = model.run_stage(0, (images,))
+    head = model.exit_heads[0]
+    _, logits = head.classifier(head.squeeze(feature) * out.attentions[0])
+    torch.testing.assert_close(logits, out.exit_logits[0])
+    assert model(images).attentions is None
+    without = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", attention_type="none", num_labels=3))
+    assert without(images, output_attentions=True).attentions is None
+
+
+def test_features_of_the_stages_lead_to_the_same_answers(model, images):
+    features = model.extract_features(images)
+    assert len(features) == 3
+    for answer, expected in zip(model(stage_features=features).exit_logits, model(images).exit_logits):
+        assert torch.equal(answer, expected)
+    with pytest.raises(ValueError, match="Neither `pixel_values` nor `stage_features` are given"):
+        model()
 
 
 def test_the_saved_configuration_says_what_was_left_to_defaults(tmp_path):
@@ -150,6 +181,15 @@ def test_exit_config_of_another_network_is_refused(tmp_path):
     ExitConfig(thresholds=[0.5] * 9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
         ScanForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_loaded_as_any_type(dtype, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    expected = model.exit_heads[0].classifier.fc.weight
+    assert torch.equal(loaded.exit_heads[0].classifier.fc.weight, expected.to(dtype))
 
 
 def test_loading_information_and_dtype(tmp_path):
@@ -369,6 +409,31 @@ def test_any_family_trains_exits_saves_and_loads(backbone, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(loaded(images).exit_logits, output.exit_logits))
 
 
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_every_family_saves_and_loads(name):
+    """The deepest answer is the plain model's to the bit, heads or not, and a checkpoint holds every bit."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone=name, num_labels=10)).eval()
+    images = torch.randn(1, *model.backbone.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        output = model(images)
+        assert torch.equal(output.logits, model.backbone(images))
+    # Not `tmp_path`, which pytest keeps: these are gigabytes.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = ScanForImageClassification.from_pretrained(folder)
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
+        with torch.no_grad():
+            answers = loaded(images).exit_logits
+    for answer, expected in zip(answers, output.exit_logits, strict=True):
+        torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model, images = random_scan_model(), torch.randn(4, 3, 16, 16)
     for module in model.modules():
@@ -415,6 +480,49 @@ def test_the_whole_model_and_a_stage_compile(model, images):
         assert torch.equal(whole(images).logits, model(images).logits)
         stage = torch.compile(model.stages[0].run, backend="eager", fullgraph=True)
         assert torch.equal(stage(model.backbone, (images,))[0], model.run_stage(0, (images,))[0])
+
+
+def test_channels_last(model, images):
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    pixels = images.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(last(pixels).exit_logits, model(images).exit_logits, rtol=1e-3, atol=1e-4)
+    (feature,) = last.run_stage(0, (pixels,))
+    assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast(model, images):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        output = model(images)
+        answer = model.predict_adaptive(images, thresholds=[0.4, 0.4])
+    assert {logits.dtype for logits in (*output.exit_logits, answer.logits)} == {torch.float16}
+    for half, full in zip(output.exit_logits, model(images).exit_logits):
+        assert (half - full).norm() < 0.05 * full.norm()
+    assert answer.exit_index.unique().tolist() == [0, 1, 3]
+
+
+def test_frozen_backbone_gets_no_gradient(images):
+    model = random_scan_model().train()
+    model.backbone.requires_grad_(False)
+    model(images[:4], labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.exit_heads.parameters())
+
+
+@pytest.mark.parametrize(
+    "placement", ["auto", {"backbone": "cpu", "exit_heads": "disk"}, {"": "disk"}], ids=["auto", "heads", "all"]
+)
+def test_device_map(model, images, placement, tmp_path):
+    """Also with weights that stay on the disk until a module needs them."""
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(
+        tmp_path, device_map=placement, offload_folder=tmp_path / "offloaded"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).exit_logits, model(images).exit_logits)
+    thresholds = [0.4, 0.4]
+    answer = loaded.predict_adaptive(images, thresholds=thresholds)
+    assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
 
 
 @pytest.mark.parametrize("num_channels", [1, 4])

@@ -33,6 +33,9 @@ SLOW = """
 """.split()  # noqa: SIM905
 
 
+EVERY_FAMILY = [*BACKBONES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
 def run(stages, backbone, images):
     state = (images,)
     for stage in stages:
@@ -40,7 +43,7 @@ def run(stages, backbone, images):
         yield stage, state
 
 
-@pytest.mark.parametrize("name", [*BACKBONES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_every_family_runs_in_stages(name):
     """Bit for bit what the plain model gives; and images that leave the batch change nothing for the others."""
     if not timm.is_model(name):

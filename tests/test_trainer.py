@@ -1,4 +1,8 @@
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +10,7 @@ import torch
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+from hf_scan.stage_features import extract_stage_features
 
 from .conftest import random_scan_model
 
@@ -189,5 +194,208 @@ def test_labels_out_of_range(tmp_path):
     ],
 )
 def test_bad_weights(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected a number"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected (a number|numbers)"):
         arguments(tmp_path, **{name: value})
+
+
+def test_presets_and_what_is_given_in_their_place(tmp_path):
+    args = arguments(tmp_path)
+    assert (args.label_weight, args.soft_label_weight, args.hint_weight) == ([0.5], [0.5], [6.4e-5])
+    args = arguments(tmp_path, distillation_preset="successor", label_weight=0.9)
+    assert (args.label_weight, args.soft_label_weight, args.hint_weight) == ([0.9], [0.3], [0.0])
+    assert not args.scale_by_temperature
+    with pytest.raises(ValueError, match=r"`distillation_preset` is 'best'; expected one of \['paper', 'successor'\]"):
+        arguments(tmp_path, distillation_preset="best")
+    with pytest.raises(ValueError, match=r"`soft_label_weight` is .*, 5 weights; the network has 3 exits"):
+        ScanTrainer(random_scan_model(), arguments(tmp_path, soft_label_weight=[0.1] * 5))
+
+
+def one_loss(tmp_path, model, teacher=None, **settings):
+    trainer = ScanTrainer(model, arguments(tmp_path, **settings), train_dataset=rows(8), teacher=teacher)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.train()
+    with torch.no_grad():
+        trainer.compute_loss(model, batch)
+    return trainer._term_sums, model(batch["pixel_values"]).exit_logits, batch
+
+
+def test_teachers(tmp_path):
+    """The ensemble, a network that is handed over, and one that is named."""
+    student, teacher = random_scan_model(), random_scan_model(seed=1)
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # the same answers in training as in use
+            module.train = lambda mode=True, module=module: module
+    teacher.save_pretrained(tmp_path / "teacher")
+    named = {"distillation_teacher": str(tmp_path / "teacher")}
+    terms = {}
+    for name, other, settings in (
+        ("ensemble", None, {"distillation_teacher": "ensemble"}),
+        ("given", teacher, {}),
+        ("named", None, named),
+    ):
+        terms[name], logits, batch = one_loss(tmp_path, student, other, **settings)
+        target = torch.stack(logits).mean(0) if name == "ensemble" else teacher(batch["pixel_values"]).logits
+        divergence = torch.nn.functional.kl_div(
+            (logits[0] / 3).log_softmax(-1), (target / 3).log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        assert float(terms[name]["exit_0_soft_label_loss"]) == pytest.approx(float(4.5 * divergence), rel=1e-4)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_of_other_classes(tmp_path):
+    with pytest.raises(ValueError, match="The teacher knows 3 classes and the network 5; expected the same"):
+        ScanTrainer(random_scan_model(), arguments(tmp_path), teacher=random_scan_model(num_labels=3))
+
+
+def test_warm_up(tmp_path):
+    """Nothing is distilled at first, all of it from the middle of four steps on."""
+    trainer = ScanTrainer(
+        random_scan_model(), arguments(tmp_path, logging_steps=1, distillation_warmup_steps=0.5), train_dataset=rows(8)
+    )
+    trainer.train()
+    seen = [entry["exit_0_soft_label_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert seen[0] == 0
+    assert all(value > 0 for value in seen[1:])
+    trainer.state.global_step = 1
+    assert trainer._distillation_scale() == 0.5
+    trainer.state.global_step = 3
+    assert trainer._distillation_scale() == 1.0
+
+
+def test_without_a_hint_nothing_waits_for_its_gradient(tmp_path):
+    """Where the deepest feature is the wider one, a projection is there for the hint alone."""
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet50", num_labels=5, image_size=16))
+    for hint_weight in (0.0, [1e-4, 0.0, 1e-4]):
+        args = arguments(tmp_path, max_steps=1, hint_weight=hint_weight)
+        ScanTrainer(model, args, train_dataset=rows(8)).train()
+        wanted = [
+            parameter.requires_grad for head in model.exit_heads for parameter in head.hint_projection.parameters()
+        ]
+        assert wanted == ([False] * 6 if hint_weight == 0 else [True, True, False, False, True, True])
+        model.zero_grad()
+        trainer = ScanTrainer(model, args, train_dataset=rows(8))
+        trainer.compute_loss(model, next(iter(trainer.get_train_dataloader()))).backward()
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_move(tmp_path):
+    model = random_scan_model()
+    with torch.no_grad():
+        model.exit_heads[1].classifier.fc.weight[0, 0] = torch.inf
+    before = model.backbone.conv1.weight.clone()
+    trainer = ScanTrainer(model, arguments(tmp_path, learning_rate=1.0, optim="sgd"), train_dataset=rows(8))
+    with pytest.raises(FloatingPointError, match=r"`exit_1_label_loss` is not finite at step 1; training stops"):
+        trainer.train()
+    assert torch.equal(model.backbone.conv1.weight, before)
+
+
+def test_a_frozen_backbone_answers_as_before(tmp_path):
+    """To the bit, batch norm statistics included; the heads learn."""
+    model = fresh_model().eval()
+    plain = copy.deepcopy(model.backbone)
+    pixels = torch.stack([row["pixel_values"] for row in rows(8)])
+    before = model(pixels)
+    args = arguments(tmp_path, freeze_backbone=True, max_steps=40, learning_rate=3e-3)
+    ScanTrainer(model, args, train_dataset=rows(64)).train()
+    model.eval()
+    assert all(torch.equal(a, b) for a, b in zip(model.backbone.state_dict().values(), plain.state_dict().values()))
+    assert torch.equal(model(pixels).logits, plain(pixels))
+    labels = torch.tensor([row["labels"] for row in rows(8)])
+    for now, then in zip(model(pixels).exit_logits[:-1], before.exit_logits[:-1]):
+        now, then = (torch.nn.functional.cross_entropy(logits, labels) for logits in (now, then))
+        assert now < 0.7 * then
+
+
+def test_training_on_stored_features_is_training_on_images(tmp_path):
+    """A frozen stage gives the same in every epoch: weights end up the same, to rounding."""
+    heads, scores = [], []
+    for stored in (False, True):
+        model = random_scan_model()
+        dataset = rows(24)
+        if stored:
+            dataset = extract_stage_features(model, dataset, tmp_path / "features")
+            assert len(dataset) == 24
+        args = arguments(tmp_path, freeze_backbone=True, learning_rate=0.01, optim="sgd")
+        trainer = ScanTrainer(model, args, train_dataset=dataset, eval_dataset=dataset)
+        trainer.train()
+        scores.append(trainer.evaluate())
+        heads.append(model.exit_heads.state_dict())
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-4, atol=1e-5)
+    assert scores[0]["eval_exit_0_accuracy"] == scores[1]["eval_exit_0_accuracy"]
+
+
+def test_stored_features_are_for_a_frozen_backbone(tmp_path):
+    model = random_scan_model()
+    features = extract_stage_features(model, rows(4), tmp_path / "features")
+    for settings in ({}, {"freeze_backbone": True, "mixup_alpha": 0.2}):
+        with pytest.raises(ValueError, match="Features of a frozen backbone cannot be mixed"):
+            ScanTrainer(model, arguments(tmp_path, **settings), train_dataset=features)
+
+
+def test_mixing(tmp_path, monkeypatch):
+    """Pairs are mixed with their labels; the images of an odd last batch, and those of an evaluation, are not."""
+    model = random_scan_model()
+    args = arguments(tmp_path, cutmix_alpha=1.0, mixup_alpha=0.5, max_steps=-1, num_train_epochs=1)
+    trainer = ScanTrainer(model, args, train_dataset=rows(11), eval_dataset=rows(8))
+    seen = []
+    distillation = trainer.distillation
+    trainer.distillation = lambda logits, features, labels, *rest: (
+        seen.append(labels) or distillation(logits, features, labels, *rest)
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert [tuple(labels.shape) for labels in seen] == [(8, 5), (3,), (8,)]
+    torch.testing.assert_close(seen[0].sum(dim=1), torch.ones(8))
+    assert ((seen[0] > 0) & (seen[0] < 1)).any()
+
+
+@pytest.mark.parametrize("name", ["mixup_alpha", "cutmix_alpha", "distillation_warmup_steps"])
+def test_bad_numbers(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` is -1.0; expected a number"):
+        arguments(tmp_path, **{name: -1.0})
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    """The disk fills up while the optimizer is saved: what was half written goes, what was whole stays."""
+    model = random_scan_model()
+    trainer = ScanTrainer(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=rows(16))
+    save = torch.save
+
+    def full_disk(thing, path, *args, **kwargs):
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .* resumed from .*checkpoint-2\."):
+        trainer.train()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    ScanTrainer(model, trainer.args, train_dataset=rows(16)).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+
+
+def test_two_processes_take_the_step_of_one_with_the_joined_batch(tmp_path):
+    """Started with torchrun; each has four of the eight images, and no unused parameter is searched for."""
+    gradients = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes]
+        command += ["-m", "tests.gradients_of_a_step", folder, processes]
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "find_unused_parameters" not in done.stderr
+        gradients.append(torch.load(folder / "gradients.pt"))
+    for name, one in gradients[0].items():
+        assert one.norm() > 0
+        assert (gradients[1][name] - one).norm() < 1e-5 * one.norm(), name
