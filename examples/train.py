@@ -12,6 +12,7 @@ shows its accuracy beside its own when it is told where that is: `--plain_metric
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict, load_dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, set_seed
+from transformers import HfArgumentParser, TimmWrapperForImageClassification, Trainer, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
@@ -41,10 +43,13 @@ from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_f
 from hf_scan.model_card import create_model_card
 from hf_scan.plotting import plot_training
 from hf_scan.report import exit_report, exit_table, speedup_lines
+from hf_scan.stage_features import StageFeatures, extract_stage_features
 
 
 # What `Trainer` writes while it runs.
 KEPT = ("checkpoint-*", "runs")
+# Where features of a frozen backbone are while the heads are trained.
+FEATURES = "features"
 
 
 @dataclass
@@ -96,6 +101,13 @@ class ModelArguments:
     classifier_type: str = field(default="separable", metadata={"help": "'separable' or 'conv'."})
     head_width: int = field(default=64, metadata={"help": "Channels at which separable heads work."})
     image_size: int | None = field(default=None, metadata={"help": "Pixels. Defaults to the backbone's."})
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trained weights to start from: 'timm' for timm's own of that name, or a checkpoint of the plain "
+            "backbone, such as `--plain` writes."
+        },
+    )
     plain: bool = field(default=False, metadata={"help": "Train the backbone without exits, to compare with."})
     plain_metrics: str | None = field(
         default=None, metadata={"help": "The `metrics.json` of a run with `--plain`, to show its accuracy."}
@@ -176,6 +188,33 @@ def prepare_images(
     return {**in_memory, "train": SeededImages(ImagesInMemory(splits["train"], processor, **settings), args.seed)}
 
 
+def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClassification:
+    """The network, with new weights or with those that are asked for."""
+    settings: dict[str, Any] = {
+        "backbone_kwargs": json.loads(network.backbone_kwargs),
+        "exit_points": [int(point) if point.isdigit() else point for point in network.exit_points or []] or None,
+        "attention_type": network.attention_type,
+        "classifier_type": network.classifier_type,
+        "head_width": network.head_width,
+        "image_size": network.image_size,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if network.backbone_weights is None:
+        return ScanForImageClassification(ScanConfig(backbone=network.backbone, **settings))
+    if network.backbone_weights == "timm":
+        return ScanForImageClassification.from_timm(
+            network.backbone, pretrained=True, num_labels=len(names), **settings
+        )
+    plain = TimmWrapperForImageClassification.from_pretrained(network.backbone_weights)
+    return ScanForImageClassification.from_timm(plain.timm_model, num_labels=len(names), **settings)
+
+
+def augments(data: DataArguments) -> bool:
+    """Whether a train image is another one in each epoch."""
+    return data.crop != "none" or data.flip or data.auto_augment != "none" or data.erase > 0
+
+
 def main() -> None:
     data, network, args = parse_arguments(sys.argv[1:])
     if args.push_to_hub:
@@ -187,26 +226,24 @@ def main() -> None:
     plain_accuracy_there = None
     if network.plain_metrics is not None:
         plain_accuracy_there = json.loads(Path(network.plain_metrics).read_text(encoding="utf-8"))["accuracy"]
-    check_replaceable(args.output_dir, KEPT)
+    if args.freeze_backbone and network.backbone_weights is None:
+        raise ValueError("`--freeze_backbone` is for a trained backbone; name its weights with `--backbone_weights`.")
+    check_replaceable(args.output_dir, [*KEPT, FEATURES])
     set_seed(args.seed)
     with args.main_process_first(desc="loading the dataset"):
         splits = load_splits(data, args.seed, validate=args.eval_strategy != "no")
     names = splits["train"].features["labels"].names
-    model = ScanForImageClassification(
-        ScanConfig(
-            backbone=network.backbone,
-            backbone_kwargs=json.loads(network.backbone_kwargs),
-            exit_points=[int(point) if point.isdigit() else point for point in network.exit_points or []] or None,
-            attention_type=network.attention_type,
-            classifier_type=network.classifier_type,
-            head_width=network.head_width,
-            image_size=network.image_size,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-        )
-    )
+    model = create_model(network, names)
     processor = create_image_processor(model)
     images = prepare_images(splits, data, args, processor)
+    if args.freeze_backbone and not (augments(data) or args.mixup_alpha or args.cutmix_alpha):
+        # The same images in every epoch, and so the same features: the backbone runs over them once.
+        features = Path(args.output_dir, FEATURES)
+        with args.main_process_first(desc="features of the frozen stages"):
+            if args.process_index == 0:
+                shutil.rmtree(features, ignore_errors=True)
+                extract_stage_features(model.to(args.device), images["train"], features)
+            images["train"] = StageFeatures(features)
     settings: dict[str, Any] = {
         "args": args,
         "train_dataset": images["train"],
@@ -223,6 +260,8 @@ def main() -> None:
     if checkpoint is not None and checkpoint.lower() in ("true", "last"):
         checkpoint = last_whole_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(Path(args.output_dir, FEATURES), ignore_errors=True)
 
     if "search" in images and not network.plain:
         # One process searches, all of them score with what it found.
@@ -230,6 +269,7 @@ def main() -> None:
         if args.process_index == 0:
             found = [calibrate(model, images["search"], beta=network.beta, seed=args.seed)]
         model.exit_config = broadcast_object_list(found)[0]
+    args.dataloader_drop_last = False  # the Trainer would leave test images out too
     scores = trainer.evaluate(images["test"], metric_key_prefix="test")
     if not trainer.is_world_process_zero():
         return
@@ -291,3 +331,4 @@ def distillation_summary(args: ScanTrainingArguments) -> str:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

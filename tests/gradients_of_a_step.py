@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from hf_scan import ScanTrainer, ScanTrainingArguments
@@ -35,6 +36,7 @@ def main(output_dir: str, expected_processes: int) -> None:
     if args.process_index == 0:
         steps = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
         torch.save(steps, f"{output_dir}/gradients.pt")
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

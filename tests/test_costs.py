@@ -17,10 +17,11 @@ def test_macs_by_hand():
     assert costs.stages == [stem + stage_1, stage_2, stage_3]
     assert costs.heads[-1] == 64 * 100
     assert costs.plain == sum(costs.stages) + 6400
-    # Depthwise 9, pointwise c, at half resolution: attention; then the classifier's chain, widening and linear layer.
-    attention = 2 * 8 * 8 * (9 * 32 + 32 * 32)
-    classifier = 8 * 8 * (9 * 32 + 32 * 64) + 64 * 100
-    assert costs.heads[1] == attention + classifier
+    # Brought to 8x8 and 64 channels; depthwise 9 and pointwise 64, at half of that for the mask; a linear layer.
+    squeeze = 8 * 8 * (4 * 32 + 32 * 64)
+    attention = 2 * 4 * 4 * (9 * 64 + 64 * 64)
+    classifier = 8 * 8 * (9 * 64 + 64 * 64) + 64 * 100
+    assert costs.heads[1] == squeeze + attention + classifier
 
 
 def test_cumulative_costs_count_the_heads_that_ran():

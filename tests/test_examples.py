@@ -68,6 +68,7 @@ def flags(dataset_folder: Path, output_dir: Path, **changes) -> list[str]:
 
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def run(*command: str | Path, fails: bool = False) -> str:
@@ -130,6 +131,7 @@ def test_killed_and_resumed(dataset_folder, tmp_path, in_memory):
 def test_plain_by_the_same_recipe(dataset_folder, tmp_path):
     """From the same initial weights; its accuracy then stands in the table of the network with exits."""
     changes = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "in_memory": True}
+    flags_of_heads = {"crop": "none", "flip": False, "save_strategy": "no"}
     plain = tmp_path / "plain"
     run(sys.executable, EXAMPLES / "train.py", "--plain", *flags(dataset_folder, plain, **changes))
     metrics = json.loads((plain / "metrics.json").read_text())
@@ -142,6 +144,15 @@ def test_plain_by_the_same_recipe(dataset_folder, tmp_path):
     (row,) = (line for line in output.splitlines() if line.startswith("| plain backbone"))
     assert f"{metrics['accuracy']:.2%}" in row
     assert str(dataset_folder) not in (tmp_path / "scan" / "README.md").read_text()  # a path of this machine
+
+    # Heads for the plain network, which stays as it is and runs once over each train image.
+    changes = {**flags_of_heads, "backbone_weights": plain, "freeze_backbone": True, "max_steps": 20}
+    output = run(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "heads", **changes))
+    assert "features of the frozen stages" in output
+    equipped = AutoModelForImageClassification.from_pretrained(tmp_path / "heads")
+    weights = AutoModelForImageClassification.from_pretrained(plain).timm_model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in equipped.backbone.state_dict().items())
+    assert not (tmp_path / "heads" / "features").exists()
 
 
 def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
@@ -199,8 +210,9 @@ def test_two_processes(dataset_folder, tmp_path):
 
 
 def test_accelerate_launch(dataset_folder, tmp_path):
+    """In mixed precision. On some CPUs PyTorch's bfloat16 dies of an illegal instruction, unless kept from AMX."""
     command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", EXAMPLES / "train.py"]
-    run(*command, *flags(dataset_folder, tmp_path / "run", max_steps=2, save_strategy="no"))
+    run(*command, *flags(dataset_folder, tmp_path / "run", max_steps=2, save_strategy="no", bf16=True))
     check_output(tmp_path / "run")
 
 
@@ -208,6 +220,7 @@ def test_accelerate_launch(dataset_folder, tmp_path):
     ("changes", "message"),
     [
         ({"label_column": "coarse_label"}, "has no column 'coarse_label'; it has ['img', 'fine_label']"),
+        ({"freeze_backbone": True}, "`--freeze_backbone` is for a trained backbone; name its weights"),
         ({"push_to_hub": True}, "`--push_to_hub` is not supported by this script"),
         ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
         ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),

@@ -25,7 +25,7 @@ def test_they_are_what_the_stages_return(tmp_path):
         row = again[index]
         assert row["labels"] == features[index]["labels"] == index % 5
         for stage, feature in enumerate(row["stage_features"]):
-            torch.testing.assert_close(feature, expected[stage][index])
+            torch.testing.assert_close(feature, expected[stage][index], rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_half_written_stays_behind(tmp_path):

