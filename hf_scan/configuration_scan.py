@@ -57,6 +57,9 @@ class ScanConfig(PreTrainedConfig):
             classifier see the feature at `head_width` and at most twice the deepest map's height and width).
         head_width (`int`, *optional*, defaults to 64):
             Channels at which heads with `"separable"` classifiers work.
+        truncated (`bool`, *optional*, defaults to `False`):
+            Whether the network ends at its one exit point, without what is behind it: a small static network, as
+            [`~ScanForImageClassification.truncate`] makes it.
         num_channels (`int`, *optional*, defaults to 3):
             Channels of the input image.
         image_size (`int`, *optional*):
@@ -92,6 +95,7 @@ class ScanConfig(PreTrainedConfig):
     attention_type: Literal["separable", "conv", "none"] = "separable"
     classifier_type: Literal["separable", "conv"] = "separable"
     head_width: int = 64
+    truncated: bool = False
     num_channels: int = 3
     image_size: int | None = None
     preprocessing: dict[str, Any] | None = None

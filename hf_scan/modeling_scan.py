@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The network: a timm backbone with early exits, as a model of Transformers."""
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 from .adaptive import EXIT_CONFIG_NAME, AdaptiveInferenceMixin, ExitConfig
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead
-from .stages import cut_into_stages
+from .stages import Stage, cut_into_stages, keep_parts
 
 
 logger = logging.get_logger(__name__)
@@ -107,8 +108,8 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
         config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
         config.preprocessing = _preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
-        self.stages = cut_into_stages(self.backbone, config.exit_points)
-        deepest = self.stages[-1]
+        stages = cut_into_stages(self.backbone, config.exit_points)
+        deepest = stages[-1]
         with init.no_init_weights():  # `post_init` does it
             self.exit_heads = nn.ModuleList(
                 ExitHead(
@@ -120,9 +121,10 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                     classifier_type=config.classifier_type,
                     head_width=config.head_width,
                 )
-                for stage in self.stages[:-1]
+                for stage in stages[:-1]
             )
-        config.exit_points = [stage.name for stage in self.stages[:-1]]
+        config.exit_points = [stage.name for stage in stages[:-1]]
+        self.stages = self._truncated(stages) if config.truncated else stages
         self.exit_config = ExitConfig()
         self.post_init()
 
@@ -132,7 +134,64 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Functions of the backbone, which no pickle holds.
-        self.stages = cut_into_stages(self.backbone, self.config.exit_points)
+        if not self.config.truncated:
+            self.stages = cut_into_stages(self.backbone, self.config.exit_points)
+            return
+        with torch.device("meta"):
+            whole = _create_backbone(self.config)
+        self.stages = self._truncated(cut_into_stages(whole, self.config.exit_points))
+
+    def _truncated(self, stages: list[Stage]) -> list[Stage]:
+        """The first stage only, and nothing in the backbone that it does not use."""
+        if len(stages) != 2:
+            raise ValueError(
+                f"A truncated network ends at its one exit point; `exit_points` is {self.config.exit_points}. Give "
+                "one of them."
+            )
+        keep_parts(self.backbone, stages[0].parts)
+        return stages[:1]
+
+    def truncate(self, exit: int) -> "ScanForImageClassification":
+        """
+        The paper's compression: a small static network that answers as one of the early exits does, to the bit. It
+        holds the stages up to there and that exit's head, and is saved, pushed and loaded like any other.
+
+        Args:
+            exit (`int`): Which early exit, from 0.
+
+        Returns:
+            [`ScanForImageClassification`]: a copy, in the same mode, with one exit.
+
+        Raises:
+            `ValueError`: if there is no such early exit.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+        >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+        >>> small = model.truncate(exit=0)
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> torch.equal(small(images).logits, model(images).exit_logits[0])
+        True
+        >>> small.num_parameters() < 0.2 * model.num_parameters()
+        True
+        ```
+        """
+        if self.config.truncated or not 0 <= exit < len(self.exit_heads):
+            raise ValueError(
+                f"`exit` is {exit}; this network can be truncated at {list(range(self.num_exits - 1))}. What answers "
+                "at the deepest exit is `model.backbone`."
+            )
+        small = copy.deepcopy(self)
+        small.config.exit_points = [self.stages[exit].name]
+        small.config.truncated = True
+        small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
+        small.stages = small._truncated(cut_into_stages(small.backbone, small.config.exit_points))
+        small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
+        return small
 
     @property
     def num_exits(self) -> int:
@@ -189,7 +248,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
         state: tuple[Any, ...] = (pixel_values,)
         for index, stage in enumerate(self.stages):
             state = self.run_stage(index, state)
-            yield state[0] if index == self.num_exits - 1 else stage.feature(state)
+            yield stage.feature(state) if index < len(self.exit_heads) else state[0]
 
     def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
@@ -207,7 +266,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
 
     def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
         """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
-        if index == self.num_exits - 1:
+        if index == len(self.exit_heads):
             return self.backbone.forward_head(state[0])
         return self.exit_heads[index](self.stages[index].feature(state))[1]
 
@@ -264,9 +323,9 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                 masks.append(mask)
             if output_exit_features:
                 exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
-        feature = next(features)
-        exit_logits.append(self.backbone.forward_head(feature))
-        if output_exit_features:
+        for feature in features:  # the deepest, unless the network ends before it
+            exit_logits.append(self.backbone.forward_head(feature))
+        if output_exit_features and not self.config.truncated:
             # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
             with torch.no_grad():
                 exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))

@@ -9,7 +9,7 @@ they are. A stage is a part of that list, made a function of the backbone, and h
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Stage:
             returns what later stages need. The first of these values holds the feature.
         batched (`tuple[bool, ...]`): Which of these values belong to the images of the batch, one by one. The others,
             such as a position encoding, are the same for all.
+        parts (`frozenset[str]`): Names of the backbone's modules, parameters and buffers that it uses.
         channels_last (`bool`, *optional*, defaults to `False`): Whether the model's maps are
             `(batch_size, height, width, channels)`.
         num_prefix_tokens (`int`, *optional*, defaults to 1): Tokens in front of those that make up the map, if any.
@@ -44,6 +45,7 @@ class Stage:
     reduction: int
     forward: Callable[..., State]
     batched: tuple[bool, ...]
+    parts: frozenset[str]
     channels_last: bool = False
     num_prefix_tokens: int = 1
 
@@ -138,21 +140,42 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
     stages, start, received = [], 0, [image]
     for tap, end in zip([*chosen, taps[-1]], [*ends, len(nodes)]):
         handed_on = _needed_after([image, *nodes[:end]], nodes[end:], result, kinds, name) if tap in chosen else []
+        forward, parts = _function(
+            received, nodes[start:end], handed_on or [result], kinds, f"{name}, {tap['module']}"
+        )
         stages.append(
             Stage(
                 name=tap["module"],
                 channels=tap["num_chs"],
                 reduction=tap["reduction"],
-                forward=_function(
-                    received, nodes[start:end], handed_on or [result], kinds, f"{name}, {tap['module']}"
-                ),
+                forward=forward,
                 batched=tuple(kinds[node] == "images" for node in handed_on) or (True,),
+                parts=parts,
                 channels_last=getattr(backbone, "output_fmt", None) == "NHWC",
                 num_prefix_tokens=getattr(backbone, "num_prefix_tokens", 1),
             )
         )
         start, received = end, handed_on
     return stages
+
+
+def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
+    """
+    Removes from a backbone what is none of some parts, nor within one.
+
+    Args:
+        backbone (`torch.nn.Module`): Changed in place.
+        parts (`Collection[str]`): Names of modules, parameters and buffers.
+    """
+    around = {name[:position] for name in parts for position, sign in enumerate(name) if sign == "."}
+    for prefix, module in list(backbone.named_modules()):
+        if any(prefix == part or prefix.startswith(f"{part}.") for part in parts):
+            continue
+        for members in (module._modules, module._parameters, module._buffers):
+            for name in list(members):
+                full_name = f"{prefix}.{name}" if prefix else name
+                if full_name not in parts and full_name not in around:
+                    del members[name]
 
 
 def default_exit_points(backbone: Any) -> list[dict[str, Any]]:
@@ -317,8 +340,8 @@ def _needed_after(
 
 def _function(
     received: list[fx.Node], steps: list[fx.Node], results: list[Any], kinds: dict[fx.Node, str], name: str
-) -> Callable[..., State]:
-    """Some steps as a function of the backbone and the values received."""
+) -> tuple[Callable[..., State], frozenset[str]]:
+    """Some steps as a function of the backbone and the values received, and which parts of the backbone it uses."""
     graph = fx.Graph()
     here = {node: graph.placeholder(node.name) for node in received}
 
@@ -335,7 +358,8 @@ def _function(
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<stages of {name}>", "exec"), namespace)
-    return namespace["forward"]
+    parts = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    return namespace["forward"], parts
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
