@@ -13,6 +13,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import ModelOutput, cached_file, logging
 
+from .exit_criteria import EXIT_CRITERIA, MEMORYLESS, confidence_of
+
 
 logger = logging.get_logger(__name__)
 
@@ -28,18 +30,26 @@ class ExitConfig:
 
     Args:
         thresholds (`list[float | None]`, *optional*):
-            One per exit, from shallow to deep, each in [0, 1]. A sample leaves at the first exit whose confidence
-            (the largest softmax probability) is above the exit's threshold, so 1.0 never lets go. `None` switches an
-            exit off. The deepest exit's threshold may be left out: then every sample that reaches the end gets the
-            fallback's answer.
+            One per exit, from shallow to deep, each in [0, 1]. A sample leaves at the first exit whose score is above
+            the exit's threshold, so 1.0 never lets go. `None` switches an exit off. The deepest exit's threshold may
+            be left out: then every sample that reaches the end gets the fallback's answer.
+        criterion (`str` or `Callable`, *optional*, defaults to `"confidence"`):
+            What the score is: `"confidence"` (the largest softmax probability), `"margin"` (that above the second
+            largest), `"entropy"` (1 where it is 0, 0 where it is largest), `"patience"` (how many exits in a row say
+            the same: (p - 1) / p leaves when p do), `"ensemble_confidence"` (of the mean of the logits so far), or a
+            function of the list of logits so far that returns `(batch_size,)` scores. A function is not saved.
+        temperatures (`list[float]`, *optional*):
+            One per exit, by which its logits are divided before they are scored. The answer's logits stay as they are.
         fallback (`str`, *optional*, defaults to `"ensemble"`):
-            What answers a sample that no exit was confident about: `"ensemble"`, the mean of the logits of every
-            classifier that ran, or `"deepest"`.
+            What answers a sample that no exit was sure about: `"ensemble"`, the mean of the logits of every
+            classifier that ran, `"deepest"`, or `"most_confident"`, the classifier of those whose largest softmax
+            probability is largest.
         search (`dict[str, Any]`, *optional*):
             How the thresholds were found: method, settings, data, and what they gave there.
 
     Raises:
-        `ValueError`: if a threshold is not a number in [0, 1].
+        `ValueError`: if a threshold is not a number in [0, 1], a temperature is not above 0, or there is no such
+            criterion.
         `huggingface_hub.errors.StrictDataclassFieldValidationError`: if a field is of another type or kind.
 
     Example:
@@ -53,7 +63,9 @@ class ExitConfig:
     """
 
     thresholds: list[float | int | None] | None = None
-    fallback: Literal["ensemble", "deepest"] = "ensemble"
+    criterion: Any = "confidence"  # a name or an `ExitCriterion`
+    temperatures: list[float | int] | None = None
+    fallback: Literal["ensemble", "deepest", "most_confident"] = "ensemble"
     search: dict[str, Any] | None = None
 
     # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.
@@ -63,6 +75,14 @@ class ExitConfig:
                 raise ValueError(
                     f"`thresholds` is {self.thresholds}; expected numbers in [0, 1], or None to switch an exit off."
                 )
+        if not callable(self.criterion) and self.criterion not in list(EXIT_CRITERIA):
+            raise ValueError(
+                f"`criterion` is {self.criterion!r}; expected one of {sorted(EXIT_CRITERIA)}, or a function of the "
+                "logits so far."
+            )
+        for temperature in self.temperatures or []:
+            if not 0 < temperature < float("inf"):
+                raise ValueError(f"`temperatures` is {self.temperatures}; expected a number above 0 for each exit.")
 
     def resolve(self, num_exits: int) -> list[float | int | None]:
         """
@@ -81,18 +101,62 @@ class ExitConfig:
                 f"`thresholds` holds {len(self.thresholds)} numbers and the network has {num_exits} exits; expected "
                 f"{num_exits}, or {num_exits - 1} where the fallback answers all that reach the end."
             )
+        if self.temperatures is not None and len(self.temperatures) != num_exits:
+            raise ValueError(
+                f"`temperatures` holds {len(self.temperatures)} numbers and the network has {num_exits} exits; "
+                "expected one each."
+            )
         return [*self.thresholds, None][:num_exits]
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the logits of earlier exits matter once these have been passed."""
+        return self.fallback != "deepest" or callable(self.criterion) or self.criterion not in MEMORYLESS
+
+    def scaled(self, logits: torch.Tensor, exit_index: int) -> torch.Tensor:
+        """An exit's logits divided by its temperature."""
+        return logits if self.temperatures is None else logits / self.temperatures[exit_index]
+
+    def score(self, seen: Sequence[torch.Tensor], exits: Sequence[int]) -> torch.Tensor:
+        """
+        How sure the last of some exits is of each sample, by the criterion.
+
+        Args:
+            seen (`Sequence[torch.Tensor]`): Logits of the exits that ran, each `(batch_size, num_labels)`; the last
+                one only where the criterion looks at no other.
+            exits (`Sequence[int]`): Which exits these are.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`.
+
+        Raises:
+            `ValueError`: if a function that was given as criterion returns anything else, or scores that are not finite.
+        """
+        scaled = [self.scaled(logits, index) for logits, index in zip(seen, exits)]
+        if not callable(self.criterion):
+            return EXIT_CRITERIA[self.criterion](scaled)
+        score = self.criterion(scaled)
+        expected = seen[-1].shape[:1]
+        shape = getattr(score, "shape", type(score).__name__)
+        if shape != expected or not score.isfinite().all():
+            raise ValueError(
+                f"The exit criterion {self.criterion!r} returned {'scores not finite' if shape == expected else shape}; "
+                f"expected a tensor of {tuple(expected)} finite scores, one for each sample."
+            )
+        return score
+
     def runs_head(self, exit_index: int, num_exits: int) -> bool:
-        """Whether an exit's head can matter: not where it is switched off, nor where nothing can leave and no
-        ensemble wants its logits. The deepest head always runs."""
+        """Whether an exit's head can matter: not where it is switched off, nor where nothing can leave and no later
+        decision wants its logits. The deepest head always runs."""
         threshold = self.resolve(num_exits)[exit_index]
         if exit_index == num_exits - 1:
             return True
-        return threshold is not None and (threshold < 1 or self.fallback == "ensemble")
+        return threshold is not None and (threshold < 1 or self.needs_history)
 
     def update(self, **kwargs: Any) -> "ExitConfig":
-        """A copy with some fields replaced, validated anew."""
+        """A copy with some fields replaced, validated anew; itself where none are."""
+        if not kwargs:
+            return self
         known = {entry.name for entry in fields(self)}
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"ExitConfig has no {unknown}; expected some of {sorted(known)}.")
@@ -145,7 +209,17 @@ class ExitConfig:
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], filename: str = EXIT_CONFIG_NAME) -> None:
-        """Writes the configuration into a folder, which is made when missing."""
+        """
+        Writes the configuration into a folder, which is made when missing.
+
+        Raises:
+            `ValueError`: if the criterion is a function, which no file holds.
+        """
+        if callable(self.criterion):
+            raise ValueError(
+                f"`criterion` is the function {self.criterion!r}, which cannot be saved. Set one by name, and pass "
+                "the function to `predict_adaptive`."
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / filename).write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -169,11 +243,6 @@ class AdaptiveOutput(ModelOutput):
     confidence: torch.Tensor = None  # type: ignore[assignment]
 
 
-def confidence_of(logits: torch.Tensor) -> torch.Tensor:
-    """The largest softmax probability over the last dimension, in float32 whatever the logits are."""
-    return logits.float().softmax(dim=-1).amax(dim=-1)
-
-
 def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig) -> AdaptiveOutput:
     """
     The exit rule on logits that are all known: the answers that [`~AdaptiveInferenceMixin.predict_adaptive`] gives
@@ -189,18 +258,31 @@ def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig
     num_exits = len(exit_logits)
     thresholds = exit_config.resolve(num_exits)
     ran = [index for index in range(num_exits) if exit_config.runs_head(index, num_exits)]
-    if exit_config.fallback == "ensemble":
-        logits, fallback_index = torch.stack([exit_logits[index] for index in ran]).mean(dim=0), num_exits
-    else:
-        logits, fallback_index = exit_logits[-1], num_exits - 1
-    exit_index = torch.full(logits.shape[:1], fallback_index, device=logits.device)
-    for index in reversed(ran):
+    logits, exit_index, confidence = fall_back(exit_config, [exit_logits[index] for index in ran], ran, num_exits)
+    for position, index in reversed(list(enumerate(ran))):
         threshold = thresholds[index]
-        if threshold is not None:
-            leaves = confidence_of(exit_logits[index]) > threshold
+        if threshold is not None and threshold < 1:
+            exits = ran[: position + 1]
+            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > threshold
             logits = torch.where(leaves[:, None], exit_logits[index], logits)
             exit_index = exit_index.masked_fill(leaves, index)
-    return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence_of(logits))
+            confidence = torch.where(leaves, confidence_of(exit_config.scaled(exit_logits[index], index)), confidence)
+    return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
+
+
+def fall_back(
+    exit_config: ExitConfig, seen: Sequence[torch.Tensor], exits: Sequence[int], num_exits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, exit and confidence of samples that no exit was sure about, from the logits of those that ran."""
+    if exit_config.fallback == "ensemble":
+        logits = torch.stack(list(seen)).mean(dim=0)
+        return logits, torch.full(logits.shape[:1], num_exits, device=logits.device), confidence_of(logits)
+    if exit_config.fallback == "deepest":
+        seen, exits = seen[-1:], exits[-1:]
+    confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
+    best = confidences.argmax(dim=0)
+    logits = seen[-1] if len(seen) == 1 else torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
+    return logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0)
 
 
 class AdaptiveInferenceMixin:
@@ -254,56 +336,61 @@ class AdaptiveInferenceMixin:
         config = (exit_config or self.exit_config).update(**kwargs)
         num_exits: int = model.num_exits
         thresholds = config.resolve(num_exits)
-        ensemble = config.fallback == "ensemble"
 
         answer: AdaptiveOutput | None = None  # filled as samples leave
         rows: torch.Tensor | None = None  # which samples are still there; None while all are
-        total: torch.Tensor | None = None  # sum of the logits of the heads that ran
-        heads_run = 0
+        seen: list[torch.Tensor] = []  # logits of the heads that ran, of the samples still there
+        exits: list[int] = []  # of which exits they are
         state: tuple[Any, ...] = (pixel_values,)
         for index, threshold in enumerate(thresholds):
             state = model.run_stage(index, state)
             if not config.runs_head(index, num_exits):
                 continue
             logits = model.run_exit(index, state)
-            heads_run += 1
-            if ensemble:
-                total = logits if total is None else total + logits
-            if index == num_exits - 1 and not ensemble:
-                return _answered(answer, rows, logits, index, confidence_of(logits), len(pixel_values))
-            if threshold is None or threshold >= 1:
+            if not config.needs_history:
+                seen.clear()
+                exits.clear()
+            seen.append(logits)
+            exits.append(index)
+            if threshold is None or threshold >= 1 or (index == num_exits - 1 and config.fallback == "deepest"):
                 continue
 
-            confidence = confidence_of(logits)
-            leaves = confidence > threshold
+            score = config.score(seen, exits)
+            leaves = score > threshold
             leaving = int(leaves.sum())  # the exit's one transfer to the host
-            if leaving == len(leaves):
-                return _answered(answer, rows, logits, index, confidence, len(pixel_values))
-            if leaving:
-                order = leaves.argsort(descending=True, stable=True)
-                gone, stay = order[:leaving], order[leaving:]
-                gone_rows = gone if rows is None else rows[gone]
-                answer = _answered(answer, gone_rows, logits[gone], index, confidence[gone], len(pixel_values))
-                rows = stay if rows is None else rows[stay]
-                state = model.select_rows(index, state, stay, len(leaves))
-                total = total[stay] if total is not None else None
+            if not leaving:
+                continue
+            everyone = leaving == len(leaves)
+            order = None if everyone else leaves.argsort(descending=True, stable=True)
+            gone = slice(None) if order is None else order[:leaving]
+            if config.criterion == "confidence":
+                confidence = score[gone]
+            else:
+                confidence = confidence_of(config.scaled(logits[gone], index))
+            gone_rows = rows if everyone else gone if rows is None else rows[gone]
+            answer = _answered(answer, gone_rows, logits[gone], index, confidence, len(pixel_values))
+            if order is None:
+                return answer
+            stay = order[leaving:]
+            rows = stay if rows is None else rows[stay]
+            state = model.select_rows(index, state, stay, len(leaves))
+            seen = [values[stay] for values in seen]
 
-        assert total is not None  # the deepest head always runs
-        logits = total / heads_run
-        return _answered(answer, rows, logits, num_exits, confidence_of(logits), len(pixel_values))
+        return _answered(answer, rows, *fall_back(config, seen, exits, num_exits), len(pixel_values))
 
 
 def _answered(
     answer: AdaptiveOutput | None,
-    rows: torch.Tensor | None,
+    rows: Any,
     logits: torch.Tensor,
-    index: int,
+    exit_index: int | torch.Tensor,
     confidence: torch.Tensor,
     batch_size: int,
 ) -> AdaptiveOutput:
     """Enters the answers of some rows of the batch; where nobody left before, they are the whole answer, uncopied."""
     if rows is None:
-        exit_index = torch.full((batch_size,), index, device=logits.device)
+        if isinstance(exit_index, int):
+            exit_index = torch.full((batch_size,), exit_index, device=logits.device)
         return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
     if answer is None:
         answer = AdaptiveOutput(
@@ -312,7 +399,7 @@ def _answered(
             confidence=confidence.new_empty(batch_size),
         )
     answer.logits[rows] = logits
-    answer.exit_index[rows] = index
+    answer.exit_index[rows] = exit_index
     answer.confidence[rows] = confidence
     return answer
 

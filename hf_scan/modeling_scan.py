@@ -537,7 +537,7 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
                     "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
                     "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
-                exit_config = ExitConfig(fallback=exit_config.fallback)
+                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config

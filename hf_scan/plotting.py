@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from .adaptive import AdaptiveOutput, confidence_of
+from .adaptive import AdaptiveOutput
+from .exit_criteria import confidence_of
 
 
 if TYPE_CHECKING:

@@ -37,10 +37,11 @@ def exit_report(
 
     rows: list[dict[str, Any]] = []
     for index in range(model.num_exits + 1):
+        last = "most_confident" if model.exit_config.fallback == "most_confident" else "ensemble"
         ensemble = index == model.num_exits
-        key = "ensemble" if ensemble else f"exit_{index}"
+        key = last if ensemble else f"exit_{index}"
         row: dict[str, Any] = {
-            "name": "ensemble" if ensemble else f"exit {index} ({model.stages[index].name})",
+            "name": last.replace("_", " ") if ensemble else f"exit {index} ({model.stages[index].name})",
             "accuracy": scores[f"{key}_accuracy"],
             "macs": cumulative[index],
         }

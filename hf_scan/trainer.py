@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from transformers import AutoModelForImageClassification, EvalPrediction, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .adaptive import EXIT_CONFIG_NAME, ExitConfig
+from .adaptive import EXIT_CONFIG_NAME
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
 from .data import create_image_processor
@@ -122,7 +122,7 @@ class ScanTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # Thresholds that were found for other weights do not survive training.
         if isinstance(self.model, ScanForImageClassification):
-            self.model.exit_config = ExitConfig(fallback=self.model.exit_config.fallback)
+            self.model.exit_config = self.model.exit_config.update(thresholds=None, temperatures=None, search=None)
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,13 +224,10 @@ class ScanTrainer(Trainer):
     def _compute_exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         predictions, confidences = prediction.predictions
         exit_config = self.model.exit_config
-        adaptive = {}
+        adaptive: dict[str, Any] = {"fallback": exit_config.fallback}
         if exit_config.thresholds is not None:
-            adaptive = {
-                "thresholds": exit_config.thresholds,
-                "fallback": exit_config.fallback,
-                "costs": count_macs(self.model).relative(exit_config),
-            }
+            adaptive["thresholds"] = exit_config.thresholds
+            adaptive["costs"] = count_macs(self.model).relative(exit_config)
         return ScanAccuracy().compute(
             predictions=predictions, confidences=confidences, references=prediction.label_ids, **adaptive
         )

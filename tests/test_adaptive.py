@@ -1,46 +1,89 @@
 import json
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hf_scan import ExitConfig, apply_exit_rule
 from hf_scan.calibration import answering_column
+from hf_scan.calibration.exit_table import exit_columns
 
 from .conftest import random_scan_model
 
 
 threshold = st.one_of(st.none(), st.sampled_from([0.0, 1.0]), st.floats(0.2, 1.0))
 policies = st.builds(
-    lambda thresholds, fallback: {"thresholds": thresholds, "fallback": fallback},
+    lambda thresholds, fallback, criterion, temperatures: {
+        "thresholds": thresholds,
+        "fallback": fallback,
+        "criterion": criterion,
+        "temperatures": temperatures,
+    },
     st.one_of(st.lists(threshold, min_size=3, max_size=3), st.lists(threshold, min_size=2, max_size=2)),
-    st.sampled_from(["ensemble", "deepest"]),
+    st.sampled_from(["ensemble", "deepest", "most_confident"]),
+    st.sampled_from(["confidence", "margin", "entropy", "patience", "ensemble_confidence"]),
+    st.one_of(st.none(), st.lists(st.floats(0.5, 3), min_size=3, max_size=3)),
 )
 
 
-def rule_by_hand(exit_logits: list[np.ndarray], thresholds: list, fallback: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rule as the paper states it, one sample at a time, in float64."""
-    logits, exits = [], []
+def softmax(row: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(row - row.max())
+    return exponentials / exponentials.sum()
+
+
+def score_by_hand(criterion: str, seen: list[np.ndarray]) -> float:
+    """How sure the last of some exits is of one sample, in float64, from logits at their temperatures."""
+    probabilities = softmax(np.mean(seen, axis=0) if criterion == "ensemble_confidence" else seen[-1])
+    if criterion == "margin":
+        second, first = np.sort(probabilities)[-2:]
+        return first - second
+    if criterion == "entropy":
+        return 1 + sum(p * math.log(p) for p in probabilities) / math.log(len(probabilities))
+    if criterion == "patience":
+        classes = [int(row.argmax()) for row in seen]
+        agreeing = next((n for n, label in enumerate(reversed(classes)) if label != classes[-1]), len(classes))
+        return agreeing / (agreeing + 1)
+    return probabilities.max()
+
+
+def rule_by_hand(
+    exit_logits: list[np.ndarray], thresholds: list, fallback: str, criterion: str, temperatures: list | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The rule one sample at a time; and how near a score came to its threshold."""
+    logits, exits, nearest = [], [], 1.0
     for rows in zip(*exit_logits):
-        seen = []
+        seen, scaled, places = [], [], []
         for index, row in enumerate(rows):
             limit = thresholds[index] if index < len(thresholds) else None
             deepest = index == len(rows) - 1
             if limit is None and not deepest:
                 continue
             seen.append(row)
-            probabilities = np.exp(row - row.max())
-            if limit is not None and probabilities.max() / probabilities.sum() > limit:
+            scaled.append(row / (temperatures[index] if temperatures else 1))
+            places.append(index)
+            if limit is None or limit >= 1 or (deepest and fallback == "deepest"):
+                continue
+            score = score_by_hand(criterion, scaled)
+            nearest = min(nearest, abs(score - limit))
+            if score > limit:
                 answer, where = row, index
                 break
         else:
-            answer, where = (np.mean(seen, axis=0), len(rows)) if fallback == "ensemble" else (rows[-1], len(rows) - 1)
+            answer, where = np.mean(seen, axis=0), len(rows)
+            if fallback == "deepest":
+                answer, where = rows[-1], len(rows) - 1
+            elif fallback == "most_confident":
+                confidences = [softmax(row).max() for row in scaled]
+                best = int(np.argmax(confidences))
+                nearest = min([nearest, *(confidences[best] - c for c in confidences if c != confidences[best])])
+                answer, where = seen[best], places[best]
         logits.append(answer)
         exits.append(where)
-    return np.array(logits), np.array(exits)
+    return np.array(logits), np.array(exits), nearest
 
 
 def test_the_network_of_these_tests_uses_every_exit(model, images):
@@ -53,30 +96,30 @@ def test_equals_the_rule_on_full_logits_for_any_batch(model, images, policy, bat
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         exit_logits = model(images).exit_logits
-    expected, exits = rule_by_hand([logits.double().numpy() for logits in exit_logits], **policy)
-    # Within the tolerance of a threshold, two roundings may differ.
-    limits = [limit for limit in policy["thresholds"] if limit is not None]
-    confidences = torch.stack(exit_logits, 1).softmax(-1).amax(-1).flatten().tolist()
-    if any(abs(confidence - limit) < 1e-5 for confidence in confidences for limit in limits if 0 < limit < 1):
-        return
+    expected, exits, nearest = rule_by_hand([logits.double().numpy() for logits in exit_logits], **policy)
+    assume(nearest > 1e-5)  # else two roundings may differ
 
     answers = [model.predict_adaptive(images[rows], **policy) for rows in order.split(batch_size)]
     back = order.argsort()
     assert torch.cat([answer.exit_index for answer in answers])[back].tolist() == exits.tolist()
     logits = torch.cat([answer.logits for answer in answers])[back]
     torch.testing.assert_close(logits.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    # Each confidence is that of the answer, at its exit's temperature.
+    temperatures = torch.tensor([*(policy["temperatures"] or [1.0] * 3), 1.0])[torch.from_numpy(exits)]
     confidence = torch.cat([answer.confidence for answer in answers])[back]
-    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
+    torch.testing.assert_close(confidence, (logits / temperatures[:, None]).softmax(-1).amax(-1))
 
     simulated = apply_exit_rule(exit_logits, ExitConfig(**policy))
     assert simulated.exit_index.tolist() == exits.tolist()
     torch.testing.assert_close(simulated.logits.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(simulated.confidence, confidence, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(policy=policies, batch_size=st.integers(1, 24))
 def test_a_stage_runs_for_the_survivors_and_for_no_others(model, images, policy, batch_size):
     """Counts the samples that every stage and head is given."""
+    assume(policy["fallback"] != "most_confident")  # which answers with an exit after all of them
     config = ExitConfig(**policy)
     seen: Counter[str] = Counter()
     handles = []
@@ -102,18 +145,21 @@ def test_a_stage_runs_for_the_survivors_and_for_no_others(model, images, policy,
             assert seen[f"head {index}"] == (here if config.runs_head(index, model.num_exits) else 0)
 
 
-@pytest.mark.parametrize("fallback", ["ensemble", "deepest"])
+@pytest.mark.parametrize("criterion", ["confidence", "patience"])
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
 @pytest.mark.parametrize("thresholds", [[0.5, 0.4, 0.6], [0.5, None, 1.0], [None, None, 0.3], [1.0, 0.6, None]])
-def test_the_rule_on_tables_agrees(model, images, thresholds, fallback):
-    """Search and metrics work on columns of confidences; they must mean the same."""
+def test_the_rule_on_tables_agrees(model, images, thresholds, fallback, criterion):
+    """Search and metrics work on columns of scores and classes; they must mean the same."""
     with torch.no_grad():
         exit_logits = model(images).exit_logits
-    config = ExitConfig(thresholds=thresholds, fallback=fallback)
-    confidences = torch.stack(exit_logits, 1).softmax(-1).amax(-1).double().numpy()
-    if fallback == "ensemble":
-        confidences = np.concatenate([confidences, np.zeros((len(confidences), 1))], axis=1)
-    columns = answering_column(confidences, thresholds[: confidences.shape[1] - 1])
-    assert columns.tolist() == apply_exit_rule(exit_logits, config).exit_index.tolist()
+    config = ExitConfig(thresholds=thresholds, fallback=fallback, criterion=criterion)
+    predictions, scores = (column.numpy() for column in exit_columns(exit_logits, config))
+    columns = 3 + (fallback != "deepest")
+    answers = answering_column(scores[:, :columns], thresholds[: columns - 1])
+    simulated = apply_exit_rule(exit_logits, config)
+    assert predictions[np.arange(24), answers].tolist() == simulated.logits.argmax(-1).tolist()
+    if fallback != "most_confident":  # whose answers come from an exit too
+        assert answers.tolist() == simulated.exit_index.tolist()
 
 
 def test_thresholds_0_and_1_are_the_first_exit_and_the_fallback(model, images):
@@ -191,5 +237,59 @@ def test_bad_exit_config_file(tmp_path, text):
 
 
 def test_keys_of_a_newer_version_are_left_out(tmp_path):
-    (tmp_path / "exit_config.json").write_text(json.dumps({"thresholds": [0.5], "criterion": "oracle"}))
+    (tmp_path / "exit_config.json").write_text(json.dumps({"thresholds": [0.5], "budget": "oracle"}))
     assert ExitConfig.from_pretrained(tmp_path) == ExitConfig(thresholds=[0.5])
+
+
+def test_a_criterion_of_ones_own(model, images, tmp_path):
+    """It sees the logits so far, at their temperatures, and is not saved."""
+    seen_at = []
+
+    def own(seen):
+        seen_at.append(len(seen))
+        return 0.5 * seen[-1].softmax(-1).amax(-1)
+
+    config = ExitConfig(thresholds=[0.3, 0.3, 0.3], criterion=own)
+    found = model.predict_adaptive(images, config)
+    named = model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6])
+    assert torch.equal(found.exit_index, named.exit_index)
+    torch.testing.assert_close(found.confidence, named.confidence)
+    assert seen_at == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"is the function .* which cannot be saved"):
+        config.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "found"),
+    [
+        (lambda seen: seen[-1], r"torch\.Size\(\[24, 5\]\)"),
+        (lambda seen: 0.5, "float"),
+        (lambda seen: seen[-1].new_full((24,), torch.nan), "scores not finite"),
+    ],
+)
+def test_a_criterion_that_returns_no_scores(model, images, criterion, found):
+    with pytest.raises(ValueError, match=rf"returned {found}; expected a tensor of \(24,\) finite scores"):
+        model.predict_adaptive(images, thresholds=[0.5, 0.5], criterion=criterion)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("criterion", "oracle", "`criterion` is 'oracle'; expected one of"),
+        ("temperatures", [1.0, 0.0, 1.0], "`temperatures` is .*; expected a number above 0"),
+        ("temperatures", [1.0], "`temperatures` holds 1 numbers and the network has 3 exits"),
+    ],
+)
+def test_bad_criteria_and_temperatures(model, images, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict_adaptive(images, thresholds=[0.5, 0.5], **{field: value})
+
+
+def test_patience_leaves_when_so_many_exits_agree(model, images):
+    with torch.no_grad():
+        classes = torch.stack(model(images).exit_logits).argmax(-1)
+    answer = model.predict_adaptive(images, thresholds=[0.5, 0.5, 0.5], criterion="patience")
+    agree = classes[0] == classes[1]
+    assert torch.equal(answer.exit_index == 1, agree)
+    assert 0 < agree.sum() < 24

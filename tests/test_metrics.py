@@ -71,5 +71,5 @@ def test_bad_thresholds():
     inputs = {"predictions": PREDICTIONS, "confidences": CONFIDENCES, "references": REFERENCES}
     with pytest.raises(ValueError, match="There are 1 thresholds; expected 3 or 2"):
         ScanAccuracy().compute(**inputs, thresholds=[0.5])
-    with pytest.raises(ValueError, match="`fallback` is 'oracle'; expected 'ensemble' or 'deepest'"):
+    with pytest.raises(ValueError, match="`fallback` is 'oracle'; expected 'ensemble', 'deepest' or"):
         ScanAccuracy().compute(**inputs, thresholds=[0.5, 0.5], fallback="oracle")

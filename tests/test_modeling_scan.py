@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
-from hf_scan.adaptive import apply_exit_rule, confidence_of
+from hf_scan.adaptive import apply_exit_rule
 from hf_scan.data import create_image_processor
+from hf_scan.exit_criteria import confidence_of
 
 from .conftest import random_scan_model
 from .test_stages import EVERY_FAMILY

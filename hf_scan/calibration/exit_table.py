@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from ..adaptive import ExitConfig, confidence_of
+from ..adaptive import ExitConfig, fall_back
+from ..exit_criteria import confidence_of
 
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ExitTable:
         The answers a sample can get, as [`exit_columns`] numbers them.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: confidences, and whether the answer is right, both `(n, num_exits + 1)`.
+            `tuple[np.ndarray, np.ndarray]`: scores, and whether the answer is right, both `(n, num_exits + 1)`.
         """
         exit_logits = torch.from_numpy(self.logits).unbind(dim=1)
         predictions, confidences = exit_columns(exit_logits, exit_config)
@@ -69,20 +70,32 @@ def exit_columns(
     exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run.
+    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run, or, where
+    that is the fallback, for the most confident of them.
 
     Args:
         exit_logits (`tuple[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
-        exit_config ([`ExitConfig`]): Says which exits are switched off. Without thresholds, none is.
+        exit_config ([`ExitConfig`]): Says how exits are scored and which are off. Without thresholds, none is.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and confidences, both `(batch_size, num_exits + 1)`.
+        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and scores, both `(batch_size, num_exits + 1)`.
     """
     thresholds = exit_config.thresholds or [0.0] * len(exit_logits)
     deepest = len(exit_logits) - 1
-    ran = [logits for index, logits in enumerate(exit_logits) if index == deepest or thresholds[index] is not None]
-    answers = torch.stack([*exit_logits, torch.stack(ran).mean(dim=0)], dim=1)
-    return answers.argmax(dim=-1), confidence_of(answers)
+    seen: list[torch.Tensor] = []
+    exits: list[int] = []
+    scores = []
+    for index, logits in enumerate(exit_logits):
+        if index == deepest or thresholds[index] is not None:
+            seen.append(logits)
+            exits.append(index)
+            scores.append(exit_config.score(seen, exits))
+        else:
+            scores.append(confidence_of(logits))  # which nobody compares with anything
+    last = exit_config if exit_config.fallback == "most_confident" else exit_config.update(fallback="ensemble")
+    logits, _, confidence = fall_back(last, seen, exits, len(exit_logits))
+    predictions = torch.stack([answer.argmax(dim=-1) for answer in (*exit_logits, logits)], dim=1)
+    return predictions, torch.stack([*scores, confidence], dim=1)
 
 
 def collect_exit_logits(

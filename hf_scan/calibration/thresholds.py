@@ -1,9 +1,11 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """From a held-out split to an [`ExitConfig`]."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from ..adaptive import ExitConfig
 from ..costs import count_macs
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 def calibrate(
     model: "ScanForImageClassification",
     dataset: Any,
-    fallback: Literal["ensemble", "deepest"] = "ensemble",
+    fallback: Literal["ensemble", "deepest", "most_confident"] = "ensemble",
     split: str = "search",
+    criterion: str | Callable[..., torch.Tensor] = "confidence",
+    temperatures: list[float | int] | None = None,
     **search_kwargs: Any,
 ) -> ExitConfig:
     """
@@ -29,7 +33,7 @@ def calibrate(
         model ([`ScanForImageClassification`]): The trained network.
         dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or their logits when they are
             there already.
-        fallback (`str`, *optional*, defaults to `"ensemble"`): As in [`ExitConfig`].
+        fallback, criterion, temperatures (*optional*): As in [`ExitConfig`].
         split (`str`, *optional*, defaults to `"search"`): What the split is called in the result.
         search_kwargs: For [`genetic_search`]: `beta`, `seed`, `generations` and so on. The baseline is the deepest
             exit's accuracy on the split; costs are MACs as shares of the plain backbone's.
@@ -39,14 +43,13 @@ def calibrate(
     """
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, split)
     num_exits = model.num_exits
-    confidences, correct = table.columns(ExitConfig(fallback=fallback))
-    columns = num_exits + (fallback == "ensemble")
+    rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
+    scores, correct = table.columns(rule)
+    columns = num_exits + (fallback != "deepest")
     costs = np.array(count_macs(model).relative()[:columns])
     baseline = float(correct[:, num_exits - 1].mean())
     settings = {"beta": 0.5, "seed": 0, **search_kwargs}
-    found = genetic_search(
-        confidences[:, :columns], correct[:, :columns], costs, baseline_accuracy=baseline, **settings
-    )
+    found = genetic_search(scores[:, :columns], correct[:, :columns], costs, baseline_accuracy=baseline, **settings)
     settings.pop("progress", None)
     search = {
         "method": "genetic",
@@ -59,4 +62,4 @@ def calibrate(
         "cost": found.cost,
         "cost_unit": "MACs, computed, as a share of the plain backbone's",
     }
-    return ExitConfig(thresholds=list(found.thresholds), fallback=fallback, search=search)
+    return rule.update(thresholds=found.thresholds, search=search)

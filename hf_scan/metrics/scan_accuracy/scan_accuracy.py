@@ -25,11 +25,12 @@ of the adaptive answer, with the share of samples that each exit answers and the
 _INPUTS_DESCRIPTION = """
 Args:
     predictions: predicted class of each exit, shallow to deep, and of the ensemble last: `num_exits + 1` a sample.
-    confidences: the largest softmax probability of each of these.
+    confidences: how sure each of these is, such as its largest softmax probability.
     references: the true class of each sample.
     thresholds: one a exit, or one fewer where the fallback answers all that reach the end. `None` switches an exit
         off. Left out, there are no figures of the adaptive answer.
-    fallback: "ensemble" (default) or "deepest": what answers a sample that no exit was confident about.
+    fallback: "ensemble" (default), "deepest" or "most_confident": what answers a sample that no exit was confident
+        about. With the last, its answers stand where the ensemble's do otherwise, and so does its name below.
     costs: cumulative cost of each exit and of the ensemble, `num_exits + 1` numbers.
 
 Returns:
@@ -78,20 +79,21 @@ class ScanAccuracy(evaluate.Metric):
         accuracies = correct.mean(axis=0)
         scores = {"accuracy": accuracies[num_exits - 1]}
         scores |= {f"exit_{index}_accuracy": accuracies[index] for index in range(num_exits)}
-        scores["ensemble_accuracy"] = accuracies[num_exits]
+        if fallback not in ("ensemble", "deepest", "most_confident"):
+            raise ValueError(f"`fallback` is {fallback!r}; expected 'ensemble', 'deepest' or 'most_confident'.")
+        last = "most_confident" if fallback == "most_confident" else "ensemble"
+        scores[f"{last}_accuracy"] = accuracies[num_exits]
         if thresholds is not None:
-            if fallback not in ("ensemble", "deepest"):
-                raise ValueError(f"`fallback` is {fallback!r}; expected 'ensemble' or 'deepest'.")
             if len(thresholds) not in (num_exits, num_exits - 1):
                 raise ValueError(f"There are {len(thresholds)} thresholds; expected {num_exits} or {num_exits - 1}.")
             # The columns that can answer: with the deepest as fallback, the ensemble's does not.
-            columns = num_exits + (fallback == "ensemble")
+            columns = num_exits + (fallback != "deepest")
             limits = [*thresholds, None][: columns - 1]
             answers = answering_column(confidences[:, :columns], limits)
             scores["adaptive_accuracy"] = np.take_along_axis(correct, answers[:, None], axis=1).mean()
             shares = np.bincount(answers, minlength=num_exits + 1) / len(answers)
             scores |= {f"exit_{index}_share": shares[index] for index in range(num_exits)}
-            scores["ensemble_share"] = shares[num_exits]
+            scores[f"{last}_share"] = shares[num_exits]
             if costs is not None:
                 scores["mean_cost"] = np.asarray(costs)[answers].mean()
         return {name: float(score) for name, score in scores.items()}
