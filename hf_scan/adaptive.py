@@ -130,7 +130,8 @@ class ExitConfig:
             `torch.Tensor` of shape `(batch_size,)`.
 
         Raises:
-            `ValueError`: if a function that was given as criterion returns anything else, or scores that are not finite.
+            `ValueError`: if a function that was given as criterion returns anything else, or scores that are not
+                finite.
         """
         scaled = [self.scaled(logits, index) for logits, index in zip(seen, exits)]
         if not callable(self.criterion):
@@ -139,8 +140,9 @@ class ExitConfig:
         expected = seen[-1].shape[:1]
         shape = getattr(score, "shape", type(score).__name__)
         if shape != expected or not score.isfinite().all():
+            found = "scores not finite" if shape == expected else shape
             raise ValueError(
-                f"The exit criterion {self.criterion!r} returned {'scores not finite' if shape == expected else shape}; "
+                f"The exit criterion {self.criterion!r} returned {found}; "
                 f"expected a tensor of {tuple(expected)} finite scores, one for each sample."
             )
         return score

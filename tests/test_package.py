@@ -11,7 +11,15 @@ import hf_scan
 
 PACKAGE = Path(hf_scan.__file__).parent
 # In the order in which they may import one another; a checkpoint can carry them.
-PORTABLE = ["cifar_backbones", "configuration_scan", "stages", "exit_heads", "adaptive", "modeling_scan"]
+PORTABLE = [
+    "cifar_backbones",
+    "configuration_scan",
+    "stages",
+    "exit_heads",
+    "exit_criteria",
+    "adaptive",
+    "modeling_scan",
+]
 BROUGHT = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
 
 
