@@ -3,8 +3,9 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,10 +151,7 @@ class ExitConfig:
     def runs_head(self, exit_index: int, num_exits: int) -> bool:
         """Whether an exit's head can matter: not where it is switched off, nor where nothing can leave and no later
         decision wants its logits. The deepest head always runs."""
-        threshold = self.resolve(num_exits)[exit_index]
-        if exit_index == num_exits - 1:
-            return True
-        return threshold is not None and (threshold < 1 or self.needs_history)
+        return plan_exits(self, num_exits)[exit_index][0]
 
     def update(self, **kwargs: Any) -> "ExitConfig":
         """A copy with some fields replaced, validated anew; itself where none are."""
@@ -236,13 +234,17 @@ class AdaptiveOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Each sample's answer.
         exit_index (`torch.LongTensor` of shape `(batch_size,)`): The exit that gave it, from 0; `num_exits` where the
             ensemble did.
-        confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability.
+        confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability, at its
+            exit's temperature.
+        ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Which images these are, where they come from a
+            stream.
     """
 
     # Never None; a ModelOutput wants defaults.
     logits: torch.Tensor = None  # type: ignore[assignment]
     exit_index: torch.Tensor = None  # type: ignore[assignment]
     confidence: torch.Tensor = None  # type: ignore[assignment]
+    ids: torch.Tensor | None = None
 
 
 def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig) -> AdaptiveOutput:
@@ -258,14 +260,14 @@ def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig
         [`AdaptiveOutput`]
     """
     num_exits = len(exit_logits)
-    thresholds = exit_config.resolve(num_exits)
-    ran = [index for index in range(num_exits) if exit_config.runs_head(index, num_exits)]
+    plan = plan_exits(exit_config, num_exits)
+    ran = [index for index, (runs, _) in enumerate(plan) if runs]
     logits, exit_index, confidence = fall_back(exit_config, [exit_logits[index] for index in ran], ran, num_exits)
     for position, index in reversed(list(enumerate(ran))):
-        threshold = thresholds[index]
-        if threshold is not None and threshold < 1:
+        limit = plan[index][1]
+        if limit is not None:
             exits = ran[: position + 1]
-            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > threshold
+            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > limit
             logits = torch.where(leaves[:, None], exit_logits[index], logits)
             exit_index = exit_index.masked_fill(leaves, index)
             confidence = torch.where(leaves, confidence_of(exit_config.scaled(exit_logits[index], index)), confidence)
@@ -297,7 +299,12 @@ class AdaptiveInferenceMixin:
 
     @torch.inference_mode()
     def predict_adaptive(
-        self, pixel_values: torch.Tensor, exit_config: ExitConfig | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        exit_config: ExitConfig | None = None,
+        max_exit: int | None = None,
+        max_time_ms: float | None = None,
+        **kwargs: Any,
     ) -> AdaptiveOutput:
         """
         Classifies a batch, each sample leaving the network at the first exit that is confident enough. The batch
@@ -307,6 +314,10 @@ class AdaptiveInferenceMixin:
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
             exit_config ([`ExitConfig`], *optional*): Defaults to `model.exit_config`.
+            max_exit (`int`, *optional*): The exit, from 0, at which whatever is left is answered by the fallback.
+            max_time_ms (`float`, *optional*): Milliseconds after which every sample gets the fallback's answer from
+                the exits that it has passed. No stage is begun that would end later, if it takes as long as the one
+                before it; the first exit that is not switched off is always computed.
             kwargs: Fields of the exit configuration to override for this call, such as `thresholds=[0.9, 0.9]`.
 
         Returns:
@@ -314,7 +325,8 @@ class AdaptiveInferenceMixin:
 
         Raises:
             `ValueError`: if the images are not what the network takes or hold NaN or infinite values, if there are no
-                thresholds or the wrong number of them, or if the model is in training mode.
+                thresholds or the wrong number of them, if `max_exit` or `max_time_ms` are out of range, or if the
+                model is in training mode.
 
         Example:
 
@@ -328,73 +340,156 @@ class AdaptiveInferenceMixin:
         torch.Size([4, 10])
         ```
         """
+        check_eval_mode(self)
         model: Any = self
-        if model.training:
-            raise ValueError(
-                "predict_adaptive was called in training mode, where batch norm makes an answer depend on the rest of "
-                "the batch. Call `model.eval()` first."
-            )
         model.check_pixel_values(pixel_values, values=True)
         config = (exit_config or self.exit_config).update(**kwargs)
-        num_exits: int = model.num_exits
-        thresholds = config.resolve(num_exits)
+        plan = plan_exits(config, model.num_exits, max_exit, every_head=max_time_ms is not None)
+        if max_time_ms is not None and not max_time_ms > 0:
+            raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
+        started = now = time.perf_counter()
 
+        batch_size = len(pixel_values)
         answer: AdaptiveOutput | None = None  # filled as samples leave
-        rows: torch.Tensor | None = None  # which samples are still there; None while all are
-        seen: list[torch.Tensor] = []  # logits of the heads that ran, of the samples still there
-        exits: list[int] = []  # of which exits they are
-        state: tuple[Any, ...] = (pixel_values,)
-        for index, threshold in enumerate(thresholds):
-            state = model.run_stage(index, state)
-            if not config.runs_head(index, num_exits):
-                continue
-            logits = model.run_exit(index, state)
-            if not config.needs_history:
-                seen.clear()
-                exits.clear()
-            seen.append(logits)
-            exits.append(index)
-            if threshold is None or threshold >= 1 or (index == num_exits - 1 and config.fallback == "deepest"):
-                continue
-
-            score = config.score(seen, exits)
-            leaves = score > threshold
-            leaving = int(leaves.sum())  # the exit's one transfer to the host
-            if not leaving:
-                continue
-            everyone = leaving == len(leaves)
-            order = None if everyone else leaves.argsort(descending=True, stable=True)
-            gone = slice(None) if order is None else order[:leaving]
-            if config.criterion == "confidence":
-                confidence = score[gone]
-            else:
-                confidence = confidence_of(config.scaled(logits[gone], index))
-            gone_rows = rows if everyone else gone if rows is None else rows[gone]
-            answer = _answered(answer, gone_rows, logits[gone], index, confidence, len(pixel_values))
-            if order is None:
-                return answer
-            stay = order[leaving:]
-            rows = stay if rows is None else rows[stay]
-            state = model.select_rows(index, state, stay, len(leaves))
-            seen = [values[stay] for values in seen]
-
-        return _answered(answer, rows, *fall_back(config, seen, exits, num_exits), len(pixel_values))
+        group = Group(torch.arange(batch_size, device=pixel_values.device), (pixel_values,))
+        for index in range(len(plan)):
+            gone, rest = advance(model, config, plan, index, group)
+            before, now = now, time.perf_counter()
+            # The next stage is taken to need as long as this one did.
+            if max_time_ms is not None and rest is not None and 1000 * (2 * now - before - started) > max_time_ms:
+                gone, rest = give_up(config, gone, rest, model.num_exits)
+            if gone is not None:
+                answer = _entered(answer, gone, batch_size)
+            if rest is None:
+                break
+            group = rest
+        assert answer is not None  # the last exit lets nobody stay
+        return answer
 
 
-def _answered(
-    answer: AdaptiveOutput | None,
-    rows: Any,
-    logits: torch.Tensor,
-    exit_index: int | torch.Tensor,
-    confidence: torch.Tensor,
-    batch_size: int,
-) -> AdaptiveOutput:
-    """Enters the answers of some rows of the batch; where nobody left before, they are the whole answer, uncopied."""
-    if rows is None:
-        if isinstance(exit_index, int):
-            exit_index = torch.full((batch_size,), exit_index, device=logits.device)
-        return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
+def check_eval_mode(model: Any) -> None:
+    """Raises a `ValueError` in training mode."""
+    if model.training:
+        raise ValueError(
+            "Adaptive inference was asked for in training mode, where batch norm makes an answer depend on the rest "
+            "of the batch. Call `model.eval()` first."
+        )
+
+
+def plan_exits(
+    exit_config: ExitConfig, num_exits: int, max_exit: int | None = None, every_head: bool = False
+) -> list[tuple[bool, float | None]]:
+    """
+    For each exit that can be reached, whether its head runs, and the score above which a sample leaves there, if any
+    can.
+
+    Args:
+        exit_config ([`ExitConfig`]): The thresholds and the fallback.
+        num_exits (`int`): How many exits the network has.
+        max_exit (`int`, *optional*): The exit at which everything that is left is answered by the fallback.
+        every_head (`bool`, *optional*, defaults to `False`): Whether to run heads that nothing can leave at, so that
+            there is an answer at any time. Exits that are switched off stay off.
+    """
+    last = num_exits - 1 if max_exit is None else max_exit
+    if not 0 <= last < num_exits:
+        raise ValueError(f"`max_exit` is {max_exit}; expected an exit from 0 to {num_exits - 1}, or None.")
+    plan: list[tuple[bool, float | None]] = []
+    for index, threshold in enumerate(exit_config.resolve(num_exits)[: last + 1]):
+        decides = threshold is not None and threshold < 1 and not (index == last and exit_config.fallback == "deepest")
+        runs = index == last or (threshold is not None and (decides or exit_config.needs_history or every_head))
+        plan.append((runs, threshold if decides else None))
+    return plan
+
+
+@dataclass
+class Group:
+    """
+    Samples on their way through the network together.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(n,)`): Which samples they are.
+        state (`tuple`): What the last stage returned for them.
+        seen (`list[torch.Tensor]`): Logits of the heads that ran, as far as they are still needed.
+        exits (`list[int]`): Of which exits these are.
+    """
+
+    rows: torch.Tensor
+    state: tuple[Any, ...]
+    seen: list[torch.Tensor] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+
+
+# Rows, logits, exit and confidence of samples that leave.
+Answers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor, torch.Tensor]
+
+
+def advance(
+    model: Any, exit_config: ExitConfig, plan: list[tuple[bool, float | None]], index: int, group: Group
+) -> tuple[Answers | None, Group | None]:
+    """
+    Runs one stage for a group, and its head, and lets go who is sure enough; behind the last exit, everybody.
+
+    Args:
+        model ([`AdaptiveInferenceMixin`]): The network.
+        exit_config ([`ExitConfig`]): Scores and fallback.
+        plan (`list[tuple[bool, float | None]]`): From [`plan_exits`].
+        index (`int`): Which stage.
+        group ([`Group`]): Who takes part.
+
+    Returns:
+        `tuple`: the answers of those that leave, and the group of those that go on; `None` where there are none.
+    """
+    runs, limit = plan[index]
+    state = model.run_stage(index, group.state)
+    if not runs:
+        return None, Group(group.rows, state, group.seen, group.exits)
+    logits = model.run_exit(index, state)
+    earlier = exit_config.needs_history
+    seen, exits = ([*group.seen, logits], [*group.exits, index]) if earlier else ([logits], [index])
+    gone, stay = None, Group(group.rows, state, seen, exits)
+    if limit is not None:
+        score = exit_config.score(seen, exits)
+        leaves = score > limit
+        leaving = int(leaves.sum())  # the exit's one transfer to the host
+        if leaving == len(leaves):
+            return (group.rows, logits, index, _confidence(exit_config, logits, index, score)), None
+        if leaving:
+            order = leaves.argsort(descending=True, stable=True)
+            out, on = order[:leaving], order[leaving:]
+            gone = (group.rows[out], logits[out], index, _confidence(exit_config, logits[out], index, score[out]))
+            state = model.select_rows(index, state, on, len(leaves))
+            stay = Group(group.rows[on], state, [values[on] for values in seen], exits)
+    return (gone, stay) if index < len(plan) - 1 else give_up(exit_config, gone, stay, model.num_exits)
+
+
+def give_up(
+    exit_config: ExitConfig, gone: Answers | None, stay: Group, num_exits: int
+) -> tuple[Answers | None, Group | None]:
+    """Answers those that would go on with the fallback, unless no head has run yet, beside those that leave anyway."""
+    if not stay.seen:
+        return gone, stay
+    rest = (stay.rows, *fall_back(exit_config, stay.seen, stay.exits, num_exits))
+    return rest if gone is None else _joined(gone, rest), None
+
+
+def _confidence(exit_config: ExitConfig, logits: torch.Tensor, index: int, score: torch.Tensor) -> torch.Tensor:
+    return score if exit_config.criterion == "confidence" else confidence_of(exit_config.scaled(logits, index))
+
+
+def _joined(*answers: Answers) -> Answers:
+    """Several answers as one."""
+    rows, logits, exits, confidences = zip(*answers)
+    indices = [torch.full_like(row, index) if isinstance(index, int) else index for row, index in zip(rows, exits)]
+    return torch.cat(rows), torch.cat(logits), torch.cat(indices), torch.cat(confidences)
+
+
+def _entered(answer: AdaptiveOutput | None, gone: Answers, batch_size: int) -> AdaptiveOutput:
+    """Enters the answers of those that leave. Where the whole batch leaves together, they are the output, uncopied."""
+    rows, logits, exit_index, confidence = gone
     if answer is None:
+        if len(rows) == batch_size and isinstance(exit_index, int):
+            exit_index = torch.full((batch_size,), exit_index, device=logits.device)
+            return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
         answer = AdaptiveOutput(
             logits=logits.new_empty(batch_size, logits.shape[1]),
             exit_index=torch.empty(batch_size, dtype=torch.long, device=logits.device),

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .adaptive import EXIT_CONFIG_NAME, AdaptiveInferenceMixin, ExitConfig
+from .adaptive import EXIT_CONFIG_NAME, ExitConfig
+from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead
 from .stages import Stage, cut_into_stages, keep_parts
@@ -56,7 +57,7 @@ class ScanImageClassifierOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
+class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
     """
     A timm image classifier with early exits: Zhang et al., "SCAN: A Scalable Neural Networks Framework Towards
     Compact and Efficient Models", NeurIPS 2019.
@@ -270,7 +271,13 @@ class ScanForImageClassification(AdaptiveInferenceMixin, PreTrainedModel):
             return self.backbone.forward_head(state[0])
         return self.exit_heads[index](self.stages[index].feature(state))[1]
 
-    def select_rows(self, index: int, state: tuple[Any, ...], rows: torch.Tensor, batch_size: int) -> tuple[Any, ...]:
+    def join_states(self, index: int, states: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What a stage returned for several batches, as for one batch of all of them."""
+        return self.stages[index].join(states)
+
+    def select_rows(
+        self, index: int, state: tuple[Any, ...], rows: torch.Tensor | slice, batch_size: int
+    ) -> tuple[Any, ...]:
         """What a stage returned, of the images `rows` of a batch of `batch_size` only."""
         return self.stages[index].select(state, rows, batch_size)
 

@@ -9,7 +9,7 @@ they are. A stage is a part of that list, made a function of the backbone, and h
 import inspect
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,13 +83,17 @@ class Stage:
             f"square of tokens with {self.channels} channels. Choose other `exit_points`, or images that are square."
         )
 
-    def select(self, state: State, rows: torch.Tensor, batch_size: int) -> State:
+    def join(self, states: list[State]) -> State:
+        """The states of several batches, whose images are of one size, as the state of one batch of all of them."""
+        return tuple(_cat(values) if own else values[0] for values, own in zip(zip(*states), self.batched))
+
+    def select(self, state: State, rows: torch.Tensor | slice, batch_size: int) -> State:
         """
         The state of some images only.
 
         Args:
             state (`tuple`): What [`~Stage.run`] returned for a batch.
-            rows (`torch.LongTensor` of shape `(n,)`): Which images of the batch.
+            rows (`torch.LongTensor` of shape `(n,)`, or `slice`): Which images of the batch.
             batch_size (`int`): How many images the batch has.
         """
         return tuple(_rows(value, rows, batch_size) if own else value for value, own in zip(state, self.batched))
@@ -374,7 +378,13 @@ def _batch_size(value: Any) -> int:
     return min(tensor.shape[0] for tensor in _tensors(value))
 
 
-def _rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
+def _cat(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], (tuple, list)):
+        return type(values[0])(_cat(items) for items in zip(*values))
+    return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else values[0]
+
+
+def _rows(value: Any, rows: torch.Tensor | slice, batch_size: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(item, rows, batch_size) for item in value)
     if not isinstance(value, torch.Tensor):

@@ -293,3 +293,52 @@ def test_patience_leaves_when_so_many_exits_agree(model, images):
     agree = classes[0] == classes[1]
     assert torch.equal(answer.exit_index == 1, agree)
     assert 0 < agree.sum() < 24
+
+
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
+def test_the_depth_can_be_capped(model, images, fallback):
+    """Whoever would go on gets the fallback of what has run, and nothing behind runs."""
+    policy = {"thresholds": [0.6, 0.6, 0.6], "fallback": fallback}
+    calls = Counter()
+    handle = model.backbone.layer3.register_forward_hook(lambda *_: calls.update(["layer3"]))
+    capped = model.predict_adaptive(images, max_exit=1, **policy)
+    handle.remove()
+    assert not calls
+    with torch.no_grad():
+        logits = model(images).exit_logits[:2]
+    confidences = torch.stack(logits).softmax(-1).amax(-1)
+    first, second = confidences > 0.6
+    rest = {
+        "ensemble": (torch.stack(logits).mean(0), torch.full((24,), 3)),
+        "deepest": (logits[1], torch.full((24,), 1)),
+        "most_confident": (torch.stack(logits)[confidences.argmax(0), torch.arange(24)], confidences.argmax(0)),
+    }[fallback]
+    expected = torch.where(first[:, None], logits[0], torch.where(second[:, None], logits[1], rest[0]))
+    torch.testing.assert_close(capped.logits, expected, rtol=1e-4, atol=1e-4)
+    assert capped.exit_index.tolist() == torch.where(first, 0, torch.where(second, 1, rest[1])).tolist()
+    assert (~first & ~second).any()
+
+
+def test_a_deadline_gives_everyone_the_best_answer_so_far(model, images, monkeypatch):
+    """On a clock that moves by 10 ms a stage: 25 ms are enough for two of them, not for a third."""
+    clock = iter(np.arange(0.0, 1.0, 0.01))
+    monkeypatch.setattr("hf_scan.adaptive.time.perf_counter", lambda: next(clock))
+    policy = {"thresholds": [0.6, 1.0, 0.6], "fallback": "deepest"}
+    answer = model.predict_adaptive(images, max_time_ms=25, **policy)
+    assert answer.exit_index.unique().tolist() == [0, 1]  # the second exit answers, though nothing can leave there
+    clock = iter(np.arange(0.0, 1.0, 0.01))
+    first = model.predict_adaptive(images, max_time_ms=0.001, **policy)
+    with torch.no_grad():
+        torch.testing.assert_close(first.logits, model(images).exit_logits[0])
+    clock = iter(np.arange(0.0, 1.0, 0.01))
+    assert model.predict_adaptive(images, max_time_ms=1000, **policy).exit_index.unique().tolist() == [0, 2]
+    clock = iter(np.arange(0.0, 1.0, 0.01))
+    off = model.predict_adaptive(images, max_time_ms=0.001, thresholds=[None, 0.6, 0.6])
+    assert off.exit_index.unique().tolist() == [1, 3]  # the first exit that is on is always computed
+
+
+@pytest.mark.parametrize("limit", [{"max_time_ms": 0}, {"max_time_ms": -1.0}, {"max_exit": 3}, {"max_exit": -1}])
+def test_limits_out_of_range(model, images, limit):
+    ((name, value),) = limit.items()
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected"):
+        model.predict_adaptive(images, thresholds=[0.5, 0.5], **limit)

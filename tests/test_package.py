@@ -18,6 +18,7 @@ PORTABLE = [
     "exit_heads",
     "exit_criteria",
     "adaptive",
+    "adaptive_stream",
     "modeling_scan",
 ]
 BROUGHT = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
