@@ -357,9 +357,10 @@ class AdaptiveInferenceMixin:
             before, now = now, time.perf_counter()
             # The next stage is taken to need as long as this one did.
             if max_time_ms is not None and rest is not None and 1000 * (2 * now - before - started) > max_time_ms:
-                gone, rest = give_up(config, gone, rest, model.num_exits)
-            if gone is not None:
-                answer = _entered(answer, gone, batch_size)
+                late, rest = give_up(config, rest, model.num_exits)
+                gone += late
+            for answers in gone:
+                answer = _entered(answer, answers, batch_size)
             if rest is None:
                 break
             group = rest
@@ -425,7 +426,7 @@ Answers = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor, torch.Tensor]
 
 def advance(
     model: Any, exit_config: ExitConfig, plan: list[tuple[bool, float | None]], index: int, group: Group
-) -> tuple[Answers | None, Group | None]:
+) -> tuple[list[Answers], Group | None]:
     """
     Runs one stage for a group, and its head, and lets go who is sure enough; behind the last exit, everybody.
 
@@ -437,58 +438,54 @@ def advance(
         group ([`Group`]): Who takes part.
 
     Returns:
-        `tuple`: the answers of those that leave, and the group of those that go on; `None` where there are none.
+        `tuple[list, Group]`: the answers of those that leave, and those that go on; `None` where nobody does.
     """
     runs, limit = plan[index]
     state = model.run_stage(index, group.state)
     if not runs:
-        return None, Group(group.rows, state, group.seen, group.exits)
+        return [], Group(group.rows, state, group.seen, group.exits)
     logits = model.run_exit(index, state)
     earlier = exit_config.needs_history
     seen, exits = ([*group.seen, logits], [*group.exits, index]) if earlier else ([logits], [index])
-    gone, stay = None, Group(group.rows, state, seen, exits)
+    gone: list[Answers] = []
+    stay = Group(group.rows, state, seen, exits)
     if limit is not None:
         score = exit_config.score(seen, exits)
         leaves = score > limit
         leaving = int(leaves.sum())  # the exit's one transfer to the host
         if leaving == len(leaves):
-            return (group.rows, logits, index, _confidence(exit_config, logits, index, score)), None
+            return [(group.rows, logits, index, _confidence(exit_config, logits, index, score))], None
         if leaving:
             order = leaves.argsort(descending=True, stable=True)
             out, on = order[:leaving], order[leaving:]
-            gone = (group.rows[out], logits[out], index, _confidence(exit_config, logits[out], index, score[out]))
+            confidence = _confidence(exit_config, logits[out], index, score[out])
+            gone.append((group.rows[out], logits[out], index, confidence))
             state = model.select_rows(index, state, on, len(leaves))
             stay = Group(group.rows[on], state, [values[on] for values in seen], exits)
-    return (gone, stay) if index < len(plan) - 1 else give_up(exit_config, gone, stay, model.num_exits)
-
-
-def give_up(
-    exit_config: ExitConfig, gone: Answers | None, stay: Group, num_exits: int
-) -> tuple[Answers | None, Group | None]:
-    """Answers those that would go on with the fallback, unless no head has run yet, beside those that leave anyway."""
-    if not stay.seen:
+    if index < len(plan) - 1:
         return gone, stay
-    rest = (stay.rows, *fall_back(exit_config, stay.seen, stay.exits, num_exits))
-    return rest if gone is None else _joined(gone, rest), None
+    rest, _ = give_up(exit_config, stay, model.num_exits)
+    return gone + rest, None
+
+
+def give_up(exit_config: ExitConfig, group: Group, num_exits: int) -> tuple[list[Answers], Group | None]:
+    """Answers those that would go on with the fallback, unless no head has run for them yet."""
+    if not group.seen:
+        return [], group
+    return [(group.rows, *fall_back(exit_config, group.seen, group.exits, num_exits))], None
 
 
 def _confidence(exit_config: ExitConfig, logits: torch.Tensor, index: int, score: torch.Tensor) -> torch.Tensor:
     return score if exit_config.criterion == "confidence" else confidence_of(exit_config.scaled(logits, index))
 
 
-def _joined(*answers: Answers) -> Answers:
-    """Several answers as one."""
-    rows, logits, exits, confidences = zip(*answers)
-    indices = [torch.full_like(row, index) if isinstance(index, int) else index for row, index in zip(rows, exits)]
-    return torch.cat(rows), torch.cat(logits), torch.cat(indices), torch.cat(confidences)
-
-
 def _entered(answer: AdaptiveOutput | None, gone: Answers, batch_size: int) -> AdaptiveOutput:
     """Enters the answers of those that leave. Where the whole batch leaves together, they are the output, uncopied."""
     rows, logits, exit_index, confidence = gone
     if answer is None:
-        if len(rows) == batch_size and isinstance(exit_index, int):
-            exit_index = torch.full((batch_size,), exit_index, device=logits.device)
+        if len(rows) == batch_size:
+            if isinstance(exit_index, int):
+                exit_index = torch.full((batch_size,), exit_index, device=logits.device)
             return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
         answer = AdaptiveOutput(
             logits=logits.new_empty(batch_size, logits.shape[1]),

@@ -80,7 +80,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         config = (exit_config or self.exit_config).update(**kwargs)
         plan = plan_exits(config, model.num_exits, max_exit)
 
-        def run(index: int, group: Group) -> tuple[Answers | None, Group | None]:
+        def run(index: int, group: Group) -> tuple[list[Answers], Group | None]:
             with torch.inference_mode():
                 return advance(model, config, plan, index, group)
 
@@ -94,7 +94,7 @@ def _flow(
     numbered: Iterable[tuple[torch.Tensor, torch.Tensor]],
     batch_size: int,
     num_stages: int,
-    run: Callable[[int, Group], tuple[Answers | None, Group | None]],
+    run: Callable[[int, Group], tuple[list[Answers], Group | None]],
     note: Callable[[list[int]], None],
 ) -> Iterator[AdaptiveOutput]:
     """Answers as they are ready. Of each batch that comes in, the positions are noted."""
@@ -104,8 +104,7 @@ def _flow(
         gone, stay = run(index, queues[index].take())
         if stay is not None:
             queues[index + 1].put(stay)
-        if gone is not None:
-            yield _output(gone)
+        yield from map(_output, gone)
 
     def run_full_batches() -> Iterator[AdaptiveOutput]:
         # From the deepest on, so that room is made before anything is put there.
