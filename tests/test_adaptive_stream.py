@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.utils.data import DataLoader
 from hf_scan import ScanConfig, ScanForImageClassification
 
 from .conftest import random_scan_model
+from .stream_of_a_process import noise_rows
 
 
 LIMITS = [0.6, 0.6, 0.6]
@@ -156,3 +161,29 @@ def test_any_family_in_a_stream(backbone):
     found = gathered(model.predict_adaptive_stream(images.split(2), batch_size=3, thresholds=thresholds))
     assert torch.equal(found["exit_index"], expected.exit_index)
     torch.testing.assert_close(found["logits"], expected.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_share_a_dataset(tmp_path):
+    """Started with torchrun: nothing is lost, nothing is answered twice, and the answers are those of one process."""
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.stream_of_a_process", tmp_path]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert all(len(part["ids"]) > 5 for part in parts)
+    both = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = both["ids"].argsort()
+    assert both["ids"][order].tolist() == list(range(21))
+    rows = noise_rows(21)
+    expected = random_scan_model().predict_adaptive(
+        torch.stack([rows[index]["pixel_values"] for index in range(21)]), thresholds=LIMITS
+    )
+    assert torch.equal(both["exit_index"][order], expected.exit_index)
+    torch.testing.assert_close(both["logits"][order], expected.logits, rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
@@ -207,6 +208,13 @@ def test_two_processes(dataset_folder, tmp_path):
     table = collect_exit_logits(model, test, "test")
     accuracies = (table.logits.argmax(-1) == table.labels[:, None]).mean(axis=0)
     assert [row["accuracy"] for row in metrics["rows"][:3]] == pytest.approx(accuracies.tolist())
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configurations(file):
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.num_processes > 1
 
 
 def test_accelerate_launch(dataset_folder, tmp_path):
