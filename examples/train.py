@@ -26,6 +26,8 @@ from datasets import DatasetDict, load_dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TimmWrapperForImageClassification, Trainer, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.baseline import plain_accuracy, plain_copy
@@ -176,6 +178,8 @@ def prepare_images(
         "auto_augment": data.auto_augment,
         "erase": data.erase,
     }
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
     if not data.in_memory:
         train = splits["train"].with_transform(train_transform(processor, **settings))
         return {**held_out, "train": SeededImages(train, args.seed)}
@@ -285,8 +289,10 @@ def main() -> None:
             "steps": trainer.state.global_step,
             "checkpoint": checkpoint_choice(trainer),
             "images a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-            "schedule": str(args.lr_scheduler_type),
+            "optimizer": OptimizerNames(args.optim).value,
+            "learning rate": args.learning_rate,
+            "weight decay": args.weight_decay,
+            "schedule": SchedulerType(args.lr_scheduler_type).value,
         },
     }
     print(f"\n{len(splits['test'])} test images of {facts['dataset']}, seed {args.seed}")
