@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import timm
@@ -100,6 +101,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         self.num_labels = config.num_labels
         self.gradient_checkpointing = False  # of whole stages; set by Transformers
         self.backbone_frozen = False
+        self._compiled: dict[str, Any] = {}  # stages and heads, by `compile_stages`
         self.backbone = _create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
@@ -130,10 +132,11 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "stages"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("stages", "_compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._compiled = {}
         # Functions of the backbone, which no pickle holds.
         if not self.config.truncated:
             self.stages = cut_into_stages(self.backbone, self.config.exit_points)
@@ -242,7 +245,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         """
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(self.stages[index].run, self.backbone, state)
-        return self.stages[index].run(self.backbone, state)
+        return self._compiled.get(f"stage {index}", self.stages[index].forward)(self.backbone, *state)
 
     def _run_stages(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """The feature of each stage as its head wants it, and at last the one that the backbone's own head wants."""
@@ -268,8 +271,41 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
     def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
         """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == len(self.exit_heads):
-            return self.backbone.forward_head(state[0])
-        return self.exit_heads[index](self.stages[index].feature(state))[1]
+            return self._compiled.get("deepest head", self.backbone.forward_head)(state[0])
+        head = self._compiled.get(f"head {index}", self.exit_heads[index])
+        return head(self.stages[index].feature(state))[1]
+
+    def compile_stages(self, **kwargs: Any) -> None:
+        """
+        Compiles each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
+        sizes are dynamic, so that a stage is compiled a few times, for single images and for the ranges of batch sizes
+        that PyTorch divides them into, each when it first occurs. (`torch.compile(model)` compiles the whole network
+        with every exit, for training.)
+
+        Args:
+            kwargs: For `torch.compile`: `mode`, `backend` and so on; `dynamic` is `True` unless given.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+        >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+        >>> model.compile_stages(backend="eager")  # leave `backend` out to be faster
+        >>> model.predict_adaptive(torch.rand(3, 3, 32, 32), thresholds=[0.9, 0.9]).logits.shape
+        torch.Size([3, 10])
+        ```
+        """
+        settings = {"dynamic": True, **kwargs}
+        for index, stage in enumerate(self.stages):
+            self._compiled[f"stage {index}"] = torch.compile(stage.forward, **settings)
+        for index, head in enumerate(self.exit_heads):
+            # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
+            forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)
+            self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **settings)
+        if not self.config.truncated:
+            self._compiled["deepest head"] = torch.compile(self.backbone.forward_head, **settings)
 
     def join_states(self, index: int, states: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         """What a stage returned for several batches, as for one batch of all of them."""

@@ -573,6 +573,26 @@ def test_device_map(model, images, placement, tmp_path):
     assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
 
 
+def test_compiled_stages_take_batches_of_any_size(images):
+    """Compiled for a few ranges of sizes, as PyTorch divides them, and not for each size that remains of a batch."""
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager", fullgraph=True)
+    policy = {"thresholds": [0.6, 0.6, 0.6]}
+    for size in (24, 8, 1):
+        model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (24, 19, 11, 5, 1):
+            found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, expected))
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other.predict_adaptive(images, **policy).logits, plain_logits(expected, images))
+
+
+def plain_logits(model, images):
+    return model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6]).logits
+
+
 @pytest.mark.parametrize("num_channels", [1, 4])
 def test_other_channels(num_channels):
     model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_channels=num_channels)).eval()
