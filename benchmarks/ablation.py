@@ -53,7 +53,9 @@ def main(arguments: argparse.Namespace, further: list[str]) -> None:
         for seed in arguments.seeds:
             for name, flags in VARIANTS.items():
                 progress.set_description(f"{name}, seed {seed}")
-                folder = Path(arguments.output_dir, f"{name.replace(' ', '_')}_{seed}")
+                # A name for each setting, so that no figure is taken for another's.
+                size = f"{arguments.max_train_samples}x{arguments.epochs}"
+                folder = Path(arguments.output_dir, f"{name.replace(' ', '_')}_{size}_{seed}")
                 found[name].append(accuracies(folder, [*shared, *flags, "--seed", str(seed)]))
                 progress.update()
     exits = list(found["all"][0])
@@ -62,7 +64,8 @@ def main(arguments: argparse.Namespace, further: list[str]) -> None:
         columns = ([100 * run[exit_name] for run in runs] for exit_name in exits)
         cells = (f"{statistics.mean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    facts = json.loads(Path(arguments.output_dir, f"all_{arguments.seeds[0]}", "metrics.json").read_text())
+    size = f"{arguments.max_train_samples}x{arguments.epochs}"
+    facts = json.loads(Path(arguments.output_dir, f"all_{size}_{arguments.seeds[0]}", "metrics.json").read_text())
     header = (
         f"`cifar_resnet20` on {facts['dataset']}: test accuracy in %, mean (and range) of seeds {arguments.seeds}; "
         f"images: {facts['splits']}; {arguments.epochs} epochs. {facts['machine']}."

@@ -49,6 +49,7 @@ def trainer_of(kind: str, backbone: str, folder: str, train_dataset: Any = None,
     )
     trainer = (Trainer if kind == "plain" else ScanTrainer)(network, args, train_dataset=train_dataset)
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # as inside of `train`
     network.to(args.device).train()
     return trainer
 
@@ -65,6 +66,8 @@ def step_of(trainer: Trainer) -> Callable[[], None]:
         trainer.training_step(trainer.model, dict(batch))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     return step
 
@@ -96,7 +99,9 @@ def main(output: Path, backbones: list[str], steps: int) -> None:
         ratios = (seconds[kind] / seconds["plain"] for kind in ("separable", "conv"))
         cells = [f"{1000 * seconds['plain']:.0f}", *(f"{ratio:.2f}x" for ratio in ratios), f"{share:.0%}"]
         lines.append(f"| `{backbone}` | " + " | ".join(cells) + " |")
-    table = "\n".join([f"{describe_machine()}. Batches of {BATCH_SIZE}.", "", *lines])
+    table = "\n".join(
+        [f"{describe_machine('cuda' if torch.cuda.is_available() else 'cpu')}. Batches of {BATCH_SIZE}.", "", *lines]
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(table + "\n", encoding="utf-8")
     print(table)

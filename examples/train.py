@@ -33,6 +33,7 @@ from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTra
 from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.costs import describe_machine
 from hf_scan.data import (
+    EpochCallback,
     ImagesInMemory,
     SeededImages,
     create_image_processor,
@@ -84,7 +85,14 @@ class DataArguments:
     )
     in_memory: bool = field(
         default=False,
-        metadata={"help": "Decode all images once. For small images of one size; on a GPU, they stay there."},
+        metadata={
+            "help": "Decode all images once. For small images of one size; on a GPU, they stay there, unless workers "
+            "augment them."
+        },
+    )
+    store_features: bool = field(
+        default=True,
+        metadata={"help": "Store what a frozen backbone makes of the train images, where they are not augmented."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many images."})
@@ -225,8 +233,11 @@ def main() -> None:
         raise ValueError("`--push_to_hub` is not supported by this script. Load the result and call `push_to_hub`.")
     if args.eval_strategy != "no" and not data.holdout:
         raise ValueError("`--eval_strategy` needs images that are not trained on; set `--holdout` above 0.")
-    if network.plain and (args.mixup_alpha or args.cutmix_alpha):
-        raise ValueError("`--plain` trains with a stock `Trainer`, which mixes no images; leave out both alphas.")
+    if network.plain and (args.mixup_alpha or args.cutmix_alpha or args.freeze_backbone):
+        raise ValueError(
+            "`--plain` trains with a stock `Trainer`, which mixes no images and freezes nothing; leave out "
+            "`--mixup_alpha`, `--cutmix_alpha` and `--freeze_backbone`."
+        )
     plain_accuracy_there = None
     if network.plain_metrics is not None:
         plain_accuracy_there = json.loads(Path(network.plain_metrics).read_text(encoding="utf-8"))["accuracy"]
@@ -240,13 +251,16 @@ def main() -> None:
     model = create_model(network, names)
     processor = create_image_processor(model)
     images = prepare_images(splits, data, args, processor)
-    if args.freeze_backbone and not (augments(data) or args.mixup_alpha or args.cutmix_alpha):
+    mixes = args.mixup_alpha > 0 or args.cutmix_alpha > 0
+    own_teacher = args.distillation_teacher in ("deepest", "ensemble")
+    if args.freeze_backbone and data.store_features and own_teacher and not (mixes or augments(data)):
         # The same images in every epoch, and so the same features: the backbone runs over them once.
         features = Path(args.output_dir, FEATURES)
-        with args.main_process_first(desc="features of the frozen stages"):
+        with args.main_process_first(local=False, desc="features of the frozen stages"):  # on a disk they all see
             if args.process_index == 0:
                 shutil.rmtree(features, ignore_errors=True)
-                extract_stage_features(model.to(args.device), images["train"], features)
+                workers = args.dataloader_num_workers
+                extract_stage_features(model.to(args.device), images["train"], features, num_workers=workers)
             images["train"] = StageFeatures(features)
     settings: dict[str, Any] = {
         "args": args,
@@ -257,7 +271,8 @@ def main() -> None:
     # Convolutions are faster with the channels last, on CPUs and GPUs alike.
     if network.plain:
         plain = plain_copy(model).to(memory_format=torch.channels_last)
-        trainer: Trainer = Trainer(plain, compute_metrics=plain_accuracy, **settings)
+        callbacks = [EpochCallback(images["train"])]
+        trainer: Trainer = Trainer(plain, compute_metrics=plain_accuracy, callbacks=callbacks, **settings)
     else:
         trainer = ScanTrainer(model.to(memory_format=torch.channels_last), **settings)
     checkpoint = args.resume_from_checkpoint
@@ -279,7 +294,7 @@ def main() -> None:
         return
     scores = {name.removeprefix("test_"): score for name, score in scores.items()}
     facts: dict[str, Any] = {
-        "dataset": dataset_title(data.dataset_name),
+        "dataset": title(data.dataset_name),
         "splits": {name: len(rows) for name, rows in splits.items()},
         "seed": args.seed,
         "processes": args.world_size,
@@ -310,13 +325,16 @@ def main() -> None:
         if not network.plain:
             name = args.hub_model_id or args.output_dir
             create_model_card(model, report, facts, model_name=name).save(folder / "README.md")
-            if any("loss" in entry for entry in trainer.state.log_history):  # or it was too short to log
-                plot_training(trainer.state.log_history, folder / "training.png")
     print(f"Written to {args.output_dir}")
+    if not network.plain and any("loss" in entry for entry in trainer.state.log_history):  # or too short to log
+        try:
+            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"))
+        except ImportError as error:
+            print(error)
 
 
-def dataset_title(name: str) -> str:
-    """What to call a dataset where others read it: a folder of this machine by its own name only."""
+def title(name: str) -> str:
+    """What to call a dataset or a model where others read it: a folder of this machine by its own name only."""
     return Path(name).name if Path(name).is_dir() else name
 
 
@@ -332,7 +350,7 @@ def distillation_summary(args: ScanTrainingArguments) -> str:
     """The terms of the loss, in words."""
     temperature = f"T {args.distillation_temperature}{' with' if args.scale_by_temperature else ' without'} T^2"
     weights = f"label {args.label_weight}, soft label {args.soft_label_weight}, hint {args.hint_weight}"
-    return f"{weights}, {temperature}, teacher {args.distillation_teacher}"
+    return f"{weights}, {temperature}, teacher {title(args.distillation_teacher)}"
 
 
 if __name__ == "__main__":

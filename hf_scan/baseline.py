@@ -1,17 +1,12 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The plain backbone that a network with exits is compared with: same initial weights, same recipe."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
 from transformers import EvalPrediction, TimmWrapperConfig, TimmWrapperForImageClassification
 
-
-if TYPE_CHECKING:
-    from .modeling_scan import ScanForImageClassification
+from .modeling_scan import ScanForImageClassification, backbone_arguments
 
 
-def plain_copy(model: "ScanForImageClassification") -> TimmWrapperForImageClassification:
+def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassification:
     """
     The same backbone without early exits, as a stock model for a stock `Trainer`.
 
@@ -22,10 +17,12 @@ def plain_copy(model: "ScanForImageClassification") -> TimmWrapperForImageClassi
         [`~transformers.TimmWrapperForImageClassification`]
     """
     config = model.config
-    arguments: Mapping[str, Any] = {**config.backbone_kwargs, "in_chans": config.num_channels}
     plain = TimmWrapperForImageClassification(
         TimmWrapperConfig(
-            architecture=config.backbone, id2label=config.id2label, label2id=config.label2id, model_args=arguments
+            architecture=config.backbone,
+            id2label=config.id2label,
+            label2id=config.label2id,
+            model_args=backbone_arguments(config),
         )
     )
     plain.timm_model.load_state_dict(model.backbone.state_dict())

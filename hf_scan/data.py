@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
-from transformers import ConvNextImageProcessor
+from transformers import ConvNextImageProcessor, TrainerCallback, TrainerState, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -266,7 +266,8 @@ class SeededImages(TorchDataset):
     """
     A dataset that augments, with the randomness of each batch drawn from a seed, the epoch and the rows in it. So a
     run that was interrupted goes on with the images that it would have seen, which the loaders' reading ahead prevents
-    otherwise, whatever the number of workers.
+    otherwise, whatever the number of workers and processes. [`EpochCallback`] tells it the epoch; [`ScanTrainer`] adds
+    it by itself.
 
     Args:
         rows (`datasets.Dataset` or [`ImagesInMemory`]): With a transform that draws from PyTorch's generators.
@@ -279,7 +280,7 @@ class SeededImages(TorchDataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate's loaders call it."""
+        """Called at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -294,6 +295,28 @@ class SeededImages(TorchDataset):
         with torch.random.fork_rng(devices):
             torch.manual_seed(hash((self.seed, self.epoch, *indices)) % 2**63)
             return self.rows.__getitems__(indices)
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells a dataset the epoch, for a `Trainer`. Accelerate's loaders do so only in one process that was not resumed.
+
+    Args:
+        dataset ([`SeededImages`]): Or any other that has `set_epoch`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        if args.dataloader_persistent_workers and args.dataloader_num_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers` is set: such workers keep the first epoch's copy of the dataset, and "
+                "would augment every epoch alike. Leave it out."
+            )
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def _random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:

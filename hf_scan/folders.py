@@ -73,8 +73,8 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
 
 def last_whole_checkpoint(path: str | Path) -> str | None:
     """
-    The newest of a run's checkpoints that was written to its end, to resume from. A process that is killed, or a disk
-    that is full, can leave one that was not.
+    The checkpoint in a run's folder that was written last, of those that were written to their end, to resume from. A
+    process that is killed, or a disk that is full, can leave one that was not.
 
     Args:
         path (`str` or `Path`): The `output_dir` of a `Trainer`.
@@ -82,12 +82,13 @@ def last_whole_checkpoint(path: str | Path) -> str | None:
     Returns:
         `str`, *optional*: its folder, if there is one.
     """
-    checkpoints = [folder for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdigit()]
-    for folder in sorted(checkpoints, key=lambda folder: int(folder.name[11:]), reverse=True):
-        with suppress(OSError, ValueError):
-            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # which is written last
-            return str(folder)
-    return None
+    found: list[tuple[int, int, str]] = []
+    for folder in Path(path).glob("checkpoint-*"):
+        state = folder / TRAINER_STATE_NAME  # which is written last
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+            found.append((state.stat().st_mtime_ns, step, str(folder)))
+    return max(found)[2] if found else None
 
 
 def _holds_model(path: Path) -> bool:

@@ -217,14 +217,17 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
 
-    def freeze_backbone(self) -> None:
+    def freeze_backbone(self, frozen: bool = True) -> None:
         """
         From now on, only the early exits are trained: the backbone gets no gradient, and it stays in evaluation mode
         when the model is put into training mode, so that its batch norm statistics and its answers stay as they are.
+
+        Args:
+            frozen (`bool`, *optional*, defaults to `True`): `False` lets it be trained again.
         """
-        self.backbone.requires_grad_(False)
-        self.backbone_frozen = True
-        self.backbone.eval()
+        self.backbone.requires_grad_(not frozen)
+        self.backbone_frozen = frozen
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "ScanForImageClassification":
         super().train(mode)
@@ -476,7 +479,8 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             given = {"num_classes": num_labels, "in_chans": kwargs.get("num_channels")}
             given = {name: value for name, value in given.items() if value is not None}
             given |= kwargs.get("backbone_kwargs") or {}
-            source = _create_timm_model(model, kwargs.get("image_size"), pretrained, **given)
+            given = {**_size_argument(model, kwargs.get("image_size")), **given}
+            source = _create_timm_model(model, pretrained, **given)
         else:
             source = model
             if pretrained:
@@ -612,16 +616,24 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
 
 
 def _create_backbone(config: ScanConfig) -> Any:
-    kwargs = {"num_classes": config.num_labels, "in_chans": config.num_channels, **config.backbone_kwargs}
-    return _create_timm_model(config.backbone, config.image_size, **kwargs)
+    return _create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
 
 
-def _create_timm_model(name: str, image_size: int | None, pretrained: bool = False, **kwargs: Any) -> Any:
+def backbone_arguments(config: ScanConfig) -> dict[str, Any]:
+    """What `timm.create_model` is given of a configuration, besides the number of classes."""
+    arguments = {"in_chans": config.num_channels, **config.backbone_kwargs}
+    return {**_size_argument(config.backbone, config.image_size), **arguments}
+
+
+def _size_argument(name: str, image_size: int | None) -> dict[str, int]:
+    """Only networks that are made for one size are told it. A name with a source is looked up by timm itself."""
+    pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
+    fixed = image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size
+    return {"img_size": image_size} if fixed else {}  # type: ignore[dict-item]
+
+
+def _create_timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     try:
-        # A name with a source is looked up by `create_model` itself.
-        pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
-        if image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-            kwargs.setdefault("img_size", image_size)
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError) as error:
         raise ValueError(

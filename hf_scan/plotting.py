@@ -57,8 +57,8 @@ def describe_answers(answers: AdaptiveOutput, model: "ScanForImageClassification
 def plot_attention(model: "ScanForImageClassification", pixel_values: torch.Tensor, path: str | Path) -> None:
     """
     Draws what each early exit looks at: a row for each exit, its attention mask over the images, and the answer and
-    its confidence below. The mask is the mean over its channels, bright where much is let through; the brightest place
-    of each image is white and the darkest black, whatever the values. The last row shows the images as they are, with
+    its confidence below. The mask is the mean over its channels, bright where much is let through, from the smallest
+    value in the image to the largest. The last row shows the images as they are, with
     the deepest exit's answer.
 
     Source: Zhang et al., "SCAN", NeurIPS 2019, which shows its attention maps so.
@@ -129,7 +129,9 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
     figure = _figure(5.0 * len(panels), 3.6)
     for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for exit_name in sorted(curves):
-            axis.plot(*zip(*curves[exit_name]), label=exit_name, marker="." if len(curves[exit_name]) < 3 else None)
+            colour = "black" if exit_name == "ensemble" else f"C{exit_name.removeprefix('exit ')}"
+            marker = "." if len(curves[exit_name]) < 3 else None
+            axis.plot(*zip(*curves[exit_name]), label=exit_name, color=colour, marker=marker)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend()

@@ -2,6 +2,7 @@
 """What a frozen backbone makes of every image, computed once: heads are then trained without running it again."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,12 @@ class StageFeatures(Dataset[dict[str, Any]]):
             raise FileNotFoundError(
                 f"{folder} holds no features of a split; write them with `extract_stage_features`."
             )
+        self.folder = Path(folder)
         self.stages = [np.load(file, mmap_mode="r") for file in files]
         self.labels = np.load(labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # else a worker would get all features as a copy
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,9 +62,21 @@ class StageFeatures(Dataset[dict[str, Any]]):
         return {"stage_features": features, "labels": int(self.labels[index])}
 
 
+def collate_rows(rows: list[Any]) -> dict[str, Any]:
+    """Transformers' default collator, which also takes rows of [`StageFeatures`]."""
+    if not isinstance(rows[0], Mapping) or "stage_features" not in rows[0]:
+        return default_data_collator(rows)
+    features = tuple(torch.stack(stage) for stage in zip(*(row["stage_features"] for row in rows)))
+    return {"stage_features": features, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
 @torch.inference_mode()
 def extract_stage_features(
-    model: "ScanForImageClassification", dataset: Any, folder: str | Path, batch_size: int = 64
+    model: "ScanForImageClassification",
+    dataset: Any,
+    folder: str | Path,
+    batch_size: int = 64,
+    num_workers: int = 0,
 ) -> StageFeatures:
     """
     Runs the backbone once over a dataset, with a progress bar, and writes what every stage returns. It is worth its
@@ -70,6 +87,7 @@ def extract_stage_features(
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Gives dictionaries of `pixel_values` and `labels`.
         folder (`str` or `Path`): A folder to write to, which must not be there or be empty.
         batch_size (`int`, *optional*, defaults to 64): Images at a time.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read images.
 
     Returns:
         [`StageFeatures`]
@@ -89,7 +107,7 @@ def extract_stage_features(
     arrays: list[np.memmap] = []
     try:
         labels: list[np.ndarray] = []
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator, num_workers=num_workers)
         for batch in tqdm(loader, desc="features of the frozen stages", leave=False):
             features = model.extract_features(batch["pixel_values"].to(model.device, model.dtype))
             if not arrays:

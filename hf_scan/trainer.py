@@ -6,25 +6,29 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from timm.data import Mixup
 from torch import nn
-from torch.utils.data import default_collate
 from transformers import AutoModelForImageClassification, EvalPrediction, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from .adaptive import EXIT_CONFIG_NAME
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
-from .data import create_image_processor
+from .data import EpochCallback, create_image_processor
 from .folders import last_whole_checkpoint
 from .losses import SelfDistillationLoss, weights_per_exit
 from .metrics import ScanAccuracy
 from .modeling_scan import ScanForImageClassification
-from .stage_features import StageFeatures
+from .stage_features import collate_rows
 from .training_args import ScanTrainingArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 class ScanTrainer(Trainer):
@@ -47,7 +51,7 @@ class ScanTrainer(Trainer):
         `ValueError`: if an argument would be ignored, weights do not fit the network's exits, or the teacher knows
             another number of classes.
         `FloatingPointError`: in training, if a term of the loss is not finite. It names the term, and the weights are
-            still those of the step before.
+            still those of the step before; running means of batch norm have seen the batch.
 
     Example:
 
@@ -86,40 +90,57 @@ class ScanTrainer(Trainer):
         if self._scores_exits:
             kwargs["compute_metrics"] = self._compute_exit_metrics
             kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
-        if isinstance(kwargs.get("train_dataset"), StageFeatures):
-            other_teacher = teacher is not None or args.distillation_teacher not in ("deepest", "ensemble")
-            if other_teacher or args.mixup_alpha or args.cutmix_alpha or not args.freeze_backbone:
-                raise ValueError(
-                    "Features of a frozen backbone cannot be mixed, nor shown to another teacher: they are no images. "
-                    "Set `freeze_backbone`, and leave the teacher, `mixup_alpha` and `cutmix_alpha` at their "
-                    "defaults; or train on the images."
-                )
-            kwargs.setdefault("data_collator", default_collate)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = collate_rows
+        if hasattr(kwargs.get("train_dataset"), "set_epoch"):
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), EpochCallback(kwargs["train_dataset"])]
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
         self.model_accepts_loss_kwargs = False
-        self.distillation = _create_loss(args)
-        num_exits = self.model.num_exits
-        weights_per_exit("label_weight", self.distillation.label_weight, num_exits)
-        weights_per_exit("soft_label_weight", self.distillation.soft_label_weight, num_exits)
-        hint_weights = weights_per_exit("hint_weight", self.distillation.hint_weight, num_exits)
-        self._needs_hint = any(hint_weights)
-        for head, weight in zip(self.model.exit_heads, hint_weights):
-            # Without a hint nothing reads them, and DDP waits for the gradient of whatever wants one.
-            head.hint_projection.requires_grad_(weight > 0)
-        if args.freeze_backbone:
-            self.model.freeze_backbone()
+        self._set_up(self.model)
         self.teacher = self._prepare_teacher(teacher)
         self._mixup: Mixup | None = None
         if args.mixup_alpha or args.cutmix_alpha:
             self._mixup = Mixup(
                 args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=self.model.num_labels
             )
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super().call_model_init(*args, **kwargs)
+        self._set_up(model)
+        return model
+
+    def _set_up(self, model: Any) -> None:
+        """Makes the loss, and has those parameters of the model want a gradient that get one."""
+        args = self.args
+        self.distillation = _create_loss(args)
+        self._forget_terms()
+        if args.freeze_backbone:
+            model.freeze_backbone()
+        elif model.backbone_frozen:
+            logger.warning("The backbone is frozen and stays so. To train it, call `model.freeze_backbone(False)`.")
+        loss, num_exits = self.distillation, model.num_exits
+        label_weights = weights_per_exit("label_weight", loss.label_weight, num_exits, deepest=1.0)
+        soft_label_weights = weights_per_exit("soft_label_weight", loss.soft_label_weight, num_exits)
+        for index, weights in enumerate(zip(label_weights, soft_label_weights)):
+            if not any(weights) and not (model.backbone_frozen and index == len(model.exit_heads)):
+                raise ValueError(
+                    f"`label_weight` and `soft_label_weight` are both 0 for exit {index}, which would learn nothing. "
+                    "Give it a weight, or leave it out of the network's `exit_points`."
+                )
+        hint_weights = weights_per_exit("hint_weight", loss.hint_weight, num_exits)
+        self._needs_hint = any(hint_weights)
+        for head, weight in zip(model.exit_heads, hint_weights):
+            # Without a hint nothing reads them, and DDP waits for the gradient of whatever wants one.
+            head.hint_projection.requires_grad_(weight > 0)
+
+    def _forget_terms(self) -> None:
         # Sums since the last log, on the device: reading them at each step would wait for it.
         self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._term_steps = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_terms()
         # Thresholds that were found for other weights do not survive training.
         if isinstance(self.model, ScanForImageClassification):
             self.model.exit_config = self.model.exit_config.update(thresholds=None, temperatures=None, search=None)
@@ -144,10 +165,20 @@ class ScanTrainer(Trainer):
         labels = inputs["labels"]
         if labels.device.type == "cpu" and labels.ndim == 1:
             self.model.check_labels(labels)
-        # timm mixes in pairs: an odd last batch stays as it is.
-        if self._mixup is not None and model.training and len(labels) % 2 == 0:
+        if "stage_features" in images:
+            self._check_stage_features(training=model.training)
+        # timm mixes in pairs, and classes: an odd last batch stays as it is, and one with a label that is ignored.
+        if self._mixup is not None and model.training and len(labels) % 2 == 0 and labels.min() >= 0:
             images["pixel_values"], labels = self._mixup(images["pixel_values"], labels)
-        outputs = model(**images, output_exit_features=self._needs_hint)
+        try:
+            outputs = model(**images, output_exit_features=self._needs_hint)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "A batch holds a single image whose map is a single pixel at one of the exits, and batch norm cannot "
+                "be trained on it. Set `dataloader_drop_last`, or another batch size or larger images."
+            ) from error
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -168,14 +199,26 @@ class ScanTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         # After the backward pass is under way, and before the optimizer moves a weight.
         sums = torch.stack(list(self._term_sums.values()))
-        if not sums.isfinite().all():
-            index = int((~sums.isfinite()).nonzero()[0])
+        broken = ~sums.isfinite()
+        if self.args.world_size > 1:  # all stop, or the others would go on with its gradients
+            broken = self.accelerator.reduce(broken.float(), reduction="sum") > 0
+        if broken.any():
+            name = list(self._term_sums)[int(broken.nonzero()[0])]
+            self._forget_terms()
             raise FloatingPointError(
-                f"`{list(self._term_sums)[index]}` is not finite at step {self.state.global_step + 1}; training stops "
-                "with the weights of the step before. Lower the learning rate or the term's weight, or set "
-                "`max_grad_norm`."
+                f"`{name}` is not finite at step {self.state.global_step + 1}; training stops with the weights of the "
+                "step before (running means of batch norm may be spoilt). Lower the learning rate or the term's "
+                "weight, or set `max_grad_norm`, and go on from the last checkpoint."
             )
         return loss
+
+    def _check_stage_features(self, training: bool) -> None:
+        if self._mixup is not None or self.teacher is not None or (training and not self.model.backbone_frozen):
+            raise ValueError(
+                "Features of a frozen backbone cannot be mixed, nor shown to another teacher: they are no images. Set "
+                "`freeze_backbone`, and leave the teacher, `mixup_alpha` and `cutmix_alpha` at their defaults; or "
+                "train on the images."
+            )
 
     def _distillation_scale(self) -> float:
         steps = self.args.distillation_warmup_steps
@@ -214,7 +257,7 @@ class ScanTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
         if ignore_keys is None and self._scores_exits:
-            ignore_keys = ["logits", "ensemble_logits", "exit_features"]
+            ignore_keys = ["logits", "ensemble_logits", "exit_features", "attentions"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _reduce_exit_logits(self, exit_logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,24 +265,31 @@ class ScanTrainer(Trainer):
         return exit_columns(exit_logits, self.model.exit_config)
 
     def _compute_exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        predictions, confidences = prediction.predictions
+        counts = np.asarray(prediction.label_ids) != -100  # as for the loss
+        predictions, confidences = (np.asarray(column)[counts] for column in prediction.predictions)
         exit_config = self.model.exit_config
         adaptive: dict[str, Any] = {"fallback": exit_config.fallback}
         if exit_config.thresholds is not None:
             adaptive["thresholds"] = exit_config.thresholds
             adaptive["costs"] = count_macs(self.model).relative(exit_config)
         return ScanAccuracy().compute(
-            predictions=predictions, confidences=confidences, references=prediction.label_ids, **adaptive
+            predictions=predictions,
+            confidences=confidences,
+            references=np.asarray(prediction.label_ids)[counts],
+            **adaptive,
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's for a file that it cannot write
+        except (OSError, SafetensorError, RuntimeError) as error:
             folder = Path(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
+            last = last_whole_checkpoint(folder.parent)
+            # It may have failed at something else: at a push, or at what another process did.
+            if last == str(folder) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error)):
+                raise
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
-            last = last_whole_checkpoint(folder.parent)
             raise OSError(
                 f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
                 f"`output_dir`; training can be resumed from {last or 'nothing yet'}."

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
+from transformers import Trainer
 
+from hf_scan import ScanTrainer, ScanTrainingArguments
 from hf_scan.data import (
+    EpochCallback,
     ImagesInMemory,
     SeededImages,
     create_image_processor,
@@ -281,9 +282,27 @@ def test_seeded_images_depend_on_seed_epoch_and_batch_only():
             assert not torch.equal(first, batch(*other, in_memory))
 
 
-def test_loaders_tell_seeded_images_the_epoch():
+@pytest.mark.parametrize("trainer_class", [ScanTrainer, Trainer])
+def test_a_trainer_tells_seeded_images_the_epoch(tmp_path, trainer_class):
+    """Also one that was resumed in the middle of an epoch, and one that is no `ScanTrainer`."""
     dataset = SeededImages(ImagesInMemory(*colours()), seed=0)
-    loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_size=1))
-    first, second = ([batch["pixel_values"] for batch in loader] for _ in range(2))
-    assert dataset.epoch == 1
-    assert not all(torch.equal(a, b) for a, b in zip(first, second))
+    drawn = []
+    getitems = dataset.__getitems__
+    dataset.__getitems__ = lambda indices: drawn.append((dataset.epoch, *indices)) or getitems(indices)
+    settings = {"max_steps": 7, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 5}
+    args = ScanTrainingArguments(tmp_path, **settings, use_cpu=True, disable_tqdm=True)
+    callbacks = [EpochCallback(dataset)] if trainer_class is Trainer else None
+    trainer = trainer_class(random_scan_model(), args, train_dataset=dataset, callbacks=callbacks)
+    trainer.train()
+    assert [epoch for epoch, *_ in drawn][:7] == [0, 0, 0, 1, 1, 1, 2]
+    whole, drawn[:] = drawn[:], []
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert drawn[:2] == whole[5:7]
+
+
+def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
+    settings = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1, "max_steps": 1}
+    args = ScanTrainingArguments(tmp_path, **settings, use_cpu=True, disable_tqdm=True)
+    dataset = SeededImages(ImagesInMemory(*colours()), seed=0)
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers` is set"):
+        ScanTrainer(random_scan_model(), args, train_dataset=dataset).train()

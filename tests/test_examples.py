@@ -116,7 +116,8 @@ def test_killed_and_resumed(dataset_folder, tmp_path, in_memory):
 
     command = [sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, tmp_path / "killed", **changes)]
     process = subprocess.Popen([str(part) for part in command], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+    # In the second epoch, which has six steps as the first.
+    while not (tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -229,6 +230,7 @@ def test_accelerate_launch(dataset_folder, tmp_path):
     [
         ({"label_column": "coarse_label"}, "has no column 'coarse_label'; it has ['img', 'fine_label']"),
         ({"freeze_backbone": True}, "`--freeze_backbone` is for a trained backbone; name its weights"),
+        ({"plain": True, "freeze_backbone": True}, "which mixes no images and freezes nothing"),
         ({"push_to_hub": True}, "`--push_to_hub` is not supported by this script"),
         ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
         ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
@@ -90,9 +92,12 @@ def test_a_path_below_a_file_is_refused_before_the_work(tmp_path):
 
 def test_the_last_checkpoint_that_was_written_to_its_end(tmp_path):
     assert last_whole_checkpoint(tmp_path) is None
-    for step, state in ((9, "{}"), (20, '{"global_step": 20}'), (100, '{"global'), (200, None)):
+    states = {300: '{"global_step": 300}', 9: "{}", 20: '{"global_step": 20}', 100: '{"global', 200: None}
+    for age, (step, state) in enumerate(states.items()):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+            file = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+            file.write_text(state)
+            os.utime(file, (age, age))  # the first is another run's, which had got further
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")

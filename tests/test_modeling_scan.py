@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.adaptive import apply_exit_rule
+from hf_scan.baseline import plain_copy
 from hf_scan.data import create_image_processor
 from hf_scan.exit_criteria import confidence_of
 
@@ -617,6 +618,15 @@ def test_from_timm_takes_over_weights_labels_and_preprocessing(tmp_path):
     assert create_image_processor(model).crop_pct == 0.5
     model.save_pretrained(tmp_path)
     assert create_image_processor(ScanForImageClassification.from_pretrained(tmp_path)).crop_pct == 0.5
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_a_plain_copy_is_the_backbone(backbone):
+    """As large as the network was made, where that is not what timm makes by itself."""
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=3, image_size=64, num_channels=1))
+    images = torch.randn(2, 1, 64, 64)
+    plain = plain_copy(model).eval()
+    assert torch.equal(plain(images).logits, model.eval()(images).logits)
 
 
 def test_from_timm_with_other_labels_starts_the_classifier_anew():

@@ -1,5 +1,6 @@
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
 from hf_scan.stage_features import extract_stage_features
@@ -329,8 +331,15 @@ def test_stored_features_are_for_a_frozen_backbone(tmp_path):
     model = random_scan_model()
     features = extract_stage_features(model, rows(4), tmp_path / "features")
     for settings in ({}, {"freeze_backbone": True, "mixup_alpha": 0.2}):
+        trainer = ScanTrainer(random_scan_model(), arguments(tmp_path, **settings), train_dataset=features)
         with pytest.raises(ValueError, match="Features of a frozen backbone cannot be mixed"):
-            ScanTrainer(model, arguments(tmp_path, **settings), train_dataset=features)
+            trainer.train()
+    part = torch.utils.data.Subset(pickle.loads(pickle.dumps(features)), [0, 2])
+    assert len(pickle.dumps(features)) < 1000  # a worker opens the files itself
+    scores = ScanTrainer(model, arguments(tmp_path), eval_dataset=part).evaluate()
+    images = [rows(4)[index] for index in (0, 2)]
+    expected = ScanTrainer(model, arguments(tmp_path), eval_dataset=images).evaluate()
+    assert scores["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
 
 
 def test_mixing(tmp_path, monkeypatch):
@@ -428,3 +437,93 @@ def test_what_a_trainer_can_do_else(tmp_path, settings):
         assert found[0] != pytest.approx(plain[0], rel=1e-3)
     else:
         assert found == pytest.approx(plain[: len(found)], rel=1e-3)
+
+
+def test_freezing_can_be_undone(tmp_path, caplog):
+    """First the heads, then all of it; and a trainer says so when it finds the backbone frozen."""
+    model = fresh_model()
+    ScanTrainer(model, arguments(tmp_path, freeze_backbone=True), train_dataset=rows(8))
+    assert model.backbone_frozen
+    with caplog.at_level("WARNING"):
+        logging.enable_propagation()
+        ScanTrainer(model, arguments(tmp_path), train_dataset=rows(8))
+        logging.disable_propagation()
+    assert "The backbone is frozen and stays so" in caplog.text
+    model.freeze_backbone(False)
+    model.train()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_made_anew_is_set_up_as_one_that_is_given(tmp_path):
+    args = arguments(tmp_path, freeze_backbone=True, max_steps=1)
+    trainer = ScanTrainer(args=args, model_init=fresh_model, train_dataset=rows(8))
+    trainer.train()
+    assert trainer.model.backbone_frozen
+    weights = fresh_model().backbone.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.backbone.state_dict().items())
+
+
+def test_an_exit_that_would_learn_nothing(tmp_path):
+    for settings, index in (({"label_weight": [0.5, 0.5, 0.0]}, 2), ({"label_weight": 0, "soft_label_weight": 0}, 0)):
+        with pytest.raises(ValueError, match=rf"both 0 for exit {index}, which would learn nothing"):
+            ScanTrainer(random_scan_model(), arguments(tmp_path, **settings))
+    # A frozen deepest exit learns nothing anyway.
+    ScanTrainer(random_scan_model(), arguments(tmp_path, label_weight=[0.5, 0.5, 0.0], freeze_backbone=True))
+
+
+def test_evaluation_of_a_model_that_always_returns_its_masks(tmp_path):
+    model = random_scan_model()
+    expected = ScanTrainer(model, arguments(tmp_path), eval_dataset=rows(9)).evaluate()
+    model.config.output_attentions = True
+    found = ScanTrainer(model, arguments(tmp_path), eval_dataset=rows(9)).evaluate()
+    assert found["eval_accuracy"] == expected["eval_accuracy"]
+
+
+def test_rows_whose_label_is_ignored(tmp_path):
+    """Neither the loss nor the scores count them; timm cannot mix them."""
+    model = random_scan_model()
+    ignored = [{**row, "labels": -100} for row in rows(4, seed=2)]
+    args = arguments(tmp_path, mixup_alpha=0.5, max_steps=1)
+    trainer = ScanTrainer(model, args, train_dataset=[*rows(4), *ignored], eval_dataset=[*rows(4), *ignored])
+    scores = trainer.evaluate()
+    alone = ScanTrainer(model, arguments(tmp_path), eval_dataset=rows(4)).evaluate()
+    assert scores["eval_accuracy"] == alone["eval_accuracy"]
+    trainer.train()
+
+
+def test_terms_of_a_run_are_its_own(tmp_path):
+    """A run that ended between two logs leaves nothing to the next."""
+    trainer = ScanTrainer(random_scan_model(), arguments(tmp_path, max_steps=3), train_dataset=rows(16))
+    trainer.train()
+    assert trainer._term_steps == 1
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    terms = sum(value for name, value in first.items() if name.startswith("exit_"))
+    assert terms == pytest.approx(first["loss"], rel=1e-3)
+
+
+def test_a_single_image_on_maps_of_a_single_pixel(tmp_path):
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet18", num_labels=5, image_size=16))
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match=r"A batch holds a single image .* Set `dataloader_drop_last`"):
+        ScanTrainer(model, args, train_dataset=rows(9)).train()
+    args.dataloader_drop_last = True
+    ScanTrainer(model, args, train_dataset=rows(9)).train()
+
+
+@pytest.mark.parametrize("error", [OSError("the Hub is away"), RuntimeError("Connection closed by peer")])
+def test_other_errors_while_saving_are_left_alone(tmp_path, monkeypatch, error):
+    """A push that fails after the checkpoint was written, say: the checkpoint stays."""
+    trainer = ScanTrainer(
+        random_scan_model(), arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=rows(16)
+    )
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", fail)  # which comes last
+    with pytest.raises(type(error), match=str(error)):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
