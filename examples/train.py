@@ -355,4 +355,6 @@ def distillation_summary(args: ScanTrainingArguments) -> str:
 
 if __name__ == "__main__":
     main()
+    # A process that leaves while another is still at work can be aborted on its way out.
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

@@ -36,7 +36,9 @@ def main(output_dir: str, expected_processes: int) -> None:
     if args.process_index == 0:
         steps = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
         torch.save(steps, f"{output_dir}/gradients.pt")
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

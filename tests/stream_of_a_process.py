@@ -22,6 +22,7 @@ def main(output_dir: str) -> None:
     )
     columns = {name: torch.cat([answer[name] for answer in answers]) for name in list(answers[0])}
     torch.save(columns, f"{output_dir}/{state.process_index}.pt")
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 
