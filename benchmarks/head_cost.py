@@ -4,7 +4,7 @@ every exit over the time of the plain backbone.
     python benchmarks/head_cost.py --threads 2 --output runs/head_cost.md
     python benchmarks/head_cost.py --no-time      # MACs and parameters only, nothing is computed
 
-Random weights and random images of each network's default size; medians of seven interleaved rounds.
+Random weights and random images of each network's default size; medians of interleaved rounds.
 """
 
 import argparse
@@ -35,19 +35,20 @@ def shares(config: ScanConfig) -> tuple[float, float]:
     return sum(costs.heads[:-1]) / costs.plain, heads / backbone
 
 
-def ratio(config: ScanConfig, batch_size: int) -> float:
+def ratio(config: ScanConfig, batch_size: int, rounds: int) -> float:
     """Time of running every exit over that of the plain backbone, both in channels_last."""
     model = ScanForImageClassification(config).eval().to(memory_format=torch.channels_last)
     size = model.config.image_size
     images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        seconds = interleaved_medians({"all": lambda: model(images), "plain": lambda: model.backbone(images)})
+        calls = {"all": lambda: model(images), "plain": lambda: model.backbone(images)}
+        seconds = interleaved_medians(calls, rounds=rounds)
     return seconds["all"] / seconds["plain"]
 
 
-def main(output: Path, timed: bool) -> None:
+def main(output: Path, rounds: int) -> None:
     warnings.simplefilter("ignore")
-    header = ["backbone", "MACs", "parameters", "MACs, conv"] + ["time, batch 1", "time, batch 32"] * timed
+    header = ["backbone", "MACs", "parameters", "MACs, conv"] + ["time, batch 1", "time, batch 32"] * bool(rounds)
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for name in tqdm(BACKBONES):
         num_labels = 100 if name.startswith("cifar_") else 1000
@@ -55,8 +56,9 @@ def main(output: Path, timed: bool) -> None:
         paper = ScanConfig(backbone=name, num_labels=num_labels, attention_type="conv", classifier_type="conv")
         macs, parameters = shares(default)
         cells = [f"`{name}`", f"{macs:.1%}", f"{parameters:.1%}", f"{shares(paper)[0]:.1%}"]
-        if timed:
-            cells += [f"{ratio(ScanConfig(backbone=name, num_labels=num_labels), size):.2f}x" for size in (1, 32)]
+        if rounds:
+            config = ScanConfig(backbone=name, num_labels=num_labels)
+            cells += [f"{ratio(config, size, rounds):.2f}x" for size in (1, 32)]
         lines.append("| " + " | ".join(cells) + " |")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join([f"{describe_machine()}.", "", *lines]) + "\n", encoding="utf-8")
@@ -67,7 +69,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/head_cost.md"), help="file to write the table to")
     parser.add_argument("--no-time", action="store_true", help="count only")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    main(arguments.output, not arguments.no_time)
+    main(arguments.output, 0 if arguments.no_time else arguments.rounds)

@@ -7,6 +7,7 @@ they are. A stage is a part of that list, made a function of the backbone, and h
 """
 
 import inspect
+import linecache
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -361,7 +362,10 @@ def _function(
     graph.output(tuple(fx.node.map_arg(results, find)))
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(compile(code.src, f"<stages of {name}>", "exec"), namespace)
+    filename = f"<stages of {name}>"
+    exec(compile(code.src, filename, "exec"), namespace)
+    # For tracebacks, and for `torch.compile`, which does not look into functions without a source.
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     parts = frozenset(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
     return namespace["forward"], parts
 
