@@ -62,7 +62,8 @@ def main(arguments: argparse.Namespace, further: list[str]) -> None:
     lines = ["| | " + " | ".join(exits) + " |", "|---|" + "---:|" * len(exits)]
     for name, runs in found.items():
         columns = ([100 * run[exit_name] for run in runs] for exit_name in exits)
-        cells = (f"{statistics.mean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns)
+        several = len(runs) > 1
+        cells = (f"{statistics.mean(c):.2f}" + f" ({min(c):.2f} to {max(c):.2f})" * several for c in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     size = f"{arguments.max_train_samples}x{arguments.epochs}"
     facts = json.loads(Path(arguments.output_dir, f"all_{size}_{arguments.seeds[0]}", "metrics.json").read_text())
