@@ -8,6 +8,7 @@ Random weights and random images of each network's default size; medians of inte
 """
 
 import argparse
+import statistics
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main(output: Path, rounds: int) -> None:
     warnings.simplefilter("ignore")
     header = ["backbone", "MACs", "parameters", "MACs, conv"] + ["time, batch 1", "time, batch 32"] * bool(rounds)
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    measured: list[list[str]] = []
     for name in tqdm(BACKBONES):
         num_labels = 100 if name.startswith("cifar_") else 1000
         default = ScanConfig(backbone=name, num_labels=num_labels)
@@ -59,7 +61,11 @@ def main(output: Path, rounds: int) -> None:
         if rounds:
             config = ScanConfig(backbone=name, num_labels=num_labels)
             cells += [f"{ratio(config, size, rounds):.2f}x" for size in (1, 32)]
+        measured.append(cells[1:])
         lines.append("| " + " | ".join(cells) + " |")
+    columns = [[float(cell.rstrip("%x")) for cell in column] for column in zip(*measured)]
+    medians = (f"{statistics.median(column):.2f}{cells[0][-1]}" for column, cells in zip(columns, zip(*measured)))
+    lines.append("| median | " + " | ".join(medians) + " |")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join([f"{describe_machine()}.", "", *lines]) + "\n", encoding="utf-8")
     print("\n".join(lines))

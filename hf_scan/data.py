@@ -302,10 +302,10 @@ class EpochCallback(TrainerCallback):
     Tells a dataset the epoch, for a `Trainer`. Accelerate's loaders do so only in one process that was not resumed.
 
     Args:
-        dataset ([`SeededImages`]): Or any other that has `set_epoch`.
+        dataset ([`SeededImages`]): The train split.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: SeededImages) -> None:
         self.dataset = dataset
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .adaptive import EXIT_CONFIG_NAME
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
-from .data import EpochCallback, create_image_processor
+from .data import EpochCallback, SeededImages, create_image_processor
 from .folders import last_whole_checkpoint
 from .losses import SelfDistillationLoss, weights_per_exit
 from .metrics import ScanAccuracy
@@ -92,7 +92,7 @@ class ScanTrainer(Trainer):
             kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collate_rows
-        if hasattr(kwargs.get("train_dataset"), "set_epoch"):
+        if isinstance(kwargs.get("train_dataset"), SeededImages):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), EpochCallback(kwargs["train_dataset"])]
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.

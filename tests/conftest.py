@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 # Before anything of Hugging Face is imported, which reads it once.
@@ -36,6 +39,21 @@ def random_scan_model(seed: int = 0, **config) -> ScanForImageClassification:
             classifier.weight.mul_(scale[:, None])
             classifier.bias.copy_((classifier.bias - logits.mean(dim=0)) * scale)
     return model
+
+
+def torchrun(module: str, *arguments: object, processes: int = 2) -> str:
+    """Runs a module of the tests in several processes; what it printed. `accelerate launch --cpu` would start one."""
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes, "-m", module]
+    done = subprocess.run(
+        [str(part) for part in (*command, *arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

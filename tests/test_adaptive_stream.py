@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from hf_scan import ScanConfig, ScanForImageClassification
 
-from .conftest import random_scan_model
+from .conftest import random_scan_model, torchrun
 from .stream_of_a_process import noise_rows
 
 
@@ -165,17 +161,7 @@ def test_any_family_in_a_stream(backbone):
 
 def test_two_processes_share_a_dataset(tmp_path):
     """Started with torchrun: nothing is lost, nothing is answered twice, and the answers are those of one process."""
-    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.stream_of_a_process", tmp_path]
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("tests.stream_of_a_process", tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert all(len(part["ids"]) > 5 for part in parts)
     both = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

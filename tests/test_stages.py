@@ -33,7 +33,16 @@ SLOW = """
 """.split()  # noqa: SIM905
 
 
-EVERY_FAMILY = [*BACKBONES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+# Not in the oldest timm that is admitted. All others are in each.
+NEWER = """
+    cpubone_nano cspnext_tiny efficientvim_m1 vit_tiny_patch16_dinov3_qkvb iformer_t lcnetv2_small lowformer_b0
+    test_coatnet test_vit_relpos deepseek_vit_412m qwen3_vit_88m
+""".split()  # noqa: SIM905
+MISSING = {name for name in NEWER if not timm.is_model(name)}
+EVERY_FAMILY = [
+    *(name for name in BACKBONES if name not in MISSING),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name not in MISSING),
+]
 
 
 def run(stages, backbone, images):
@@ -46,8 +55,6 @@ def run(stages, backbone, images):
 @pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_every_family_runs_in_stages(name):
     """Bit for bit what the plain model gives; and images that leave the batch change nothing for the others."""
-    if not timm.is_model(name):
-        pytest.skip(f"timm {timm.__version__} has no {name}")
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=10).eval()
     stages = cut_into_stages(backbone)

@@ -1,9 +1,5 @@
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,7 @@ from transformers.utils import logging
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
 from hf_scan.stage_features import extract_stage_features
 
-from .conftest import random_scan_model
+from .conftest import random_scan_model, torchrun
 
 
 def rows(count: int, seed: int = 0) -> list[dict]:
@@ -392,18 +388,8 @@ def test_two_processes_take_the_step_of_one_with_the_joined_batch(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes]
-        command += ["-m", "tests.gradients_of_a_step", folder, processes]
-        done = subprocess.run(
-            [str(part) for part in command],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=Path(__file__).parent.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "find_unused_parameters" not in done.stderr
+        log = torchrun("tests.gradients_of_a_step", folder, processes, processes=processes)
+        assert "find_unused_parameters" not in log
         gradients.append(torch.load(folder / "gradients.pt"))
     for name, one in gradients[0].items():
         assert one.norm() > 0
