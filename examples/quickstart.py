@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 import hf_scan
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.baseline import plain_accuracy, plain_copy
-from hf_scan.costs import describe_machine, measure_times
+from hf_scan.costs import describe_machine, measure_costs, realised_speedup
 from hf_scan.data import create_image_processor, eval_transform, split_off, train_transform
 from hf_scan.folders import check_replaceable, replaced_folder
 from hf_scan.model_card import create_model_card
@@ -95,16 +95,18 @@ def main(output_dir: Path, epochs: int) -> None:
         scores = trainer.evaluate(test, metric_key_prefix="test")
         plain_scores = plain_trainer.evaluate(test, metric_key_prefix="test")
 
-    print("Measuring both networks in turns", flush=True)
+    print("Measuring what each exit costs, and both networks in turns", flush=True)
+    model.exit_config = model.exit_config.update(costs=measure_costs(model, batch_size=64).to_dict())
     images = torch.stack([row["pixel_values"] for row in test]).to(model.device, memory_format=torch.channels_last)
-    times = [
-        measure_times(model, images[:100], batch_size=1, plain=plain.timm_model),
-        measure_times(model, images, batch_size=64, plain=plain.timm_model),
+    speedups = [
+        realised_speedup(model, images[:100], batch_size=1, plain=plain.timm_model),
+        realised_speedup(model, images, batch_size=64, plain=plain.timm_model),
+        realised_speedup(model, images, batch_size=64, plain=plain.timm_model, refilled=True),
     ]
     report = exit_report(
         model,
         {name.removeprefix("test_"): score for name, score in scores.items()},
-        times,
+        speedups,
         plain_accuracy=plain_scores["test_accuracy"],
     )
     facts = {

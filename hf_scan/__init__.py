@@ -13,6 +13,7 @@ from .modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .costs import MeasuredCosts, measure_costs, predicted_speedup, realised_speedup
     from .trainer import ScanTrainer
     from .training_args import ScanTrainingArguments
 
@@ -23,9 +24,13 @@ AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
 
 # Whoever only answers images does not wait for what trains and searches.
 _IMPORTED_WHEN_USED = {
+    "MeasuredCosts": ".costs",
     "ScanTrainer": ".trainer",
     "ScanTrainingArguments": ".training_args",
     "calibrate": ".calibration",
+    "measure_costs": ".costs",
+    "predicted_speedup": ".costs",
+    "realised_speedup": ".costs",
 }
 
 
@@ -38,6 +43,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AdaptiveOutput",
     "ExitConfig",
+    "MeasuredCosts",
     "ScanConfig",
     "ScanForImageClassification",
     "ScanImageClassifierOutput",
@@ -45,4 +51,7 @@ __all__ = [
     "ScanTrainingArguments",
     "apply_exit_rule",
     "calibrate",
+    "measure_costs",
+    "predicted_speedup",
+    "realised_speedup",
 ]

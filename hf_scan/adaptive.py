@@ -47,6 +47,8 @@ class ExitConfig:
             probability is largest.
         search (`dict[str, Any]`, *optional*):
             How the thresholds were found: method, settings, data, and what they gave there.
+        costs (`dict[str, Any]`, *optional*):
+            What stages and heads cost on some machine: [`~hf_scan.costs.MeasuredCosts`] as a dictionary.
 
     Raises:
         `ValueError`: if a threshold is not a number in [0, 1], a temperature is not above 0, or there is no such
@@ -68,6 +70,7 @@ class ExitConfig:
     temperatures: list[float | int] | None = None
     fallback: Literal["ensemble", "deepest", "most_confident"] = "ensemble"
     search: dict[str, Any] | None = None
+    costs: dict[str, Any] | None = None
 
     # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.
     def __post_init__(self) -> None:

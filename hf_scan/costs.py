@@ -1,19 +1,23 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What each exit costs: multiplications counted, milliseconds measured."""
+"""What each stage and each head costs: multiplications and parameters counted, milliseconds measured, and what early
+exits are worth in these terms."""
 
-import math
+import copy
 import platform
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from timeit import timeit
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.utils import benchmark
+from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
 
-from .adaptive import ExitConfig
+from .adaptive import AdaptiveOutput, ExitConfig, check_eval_mode
 
 
 if TYPE_CHECKING:
@@ -23,43 +27,163 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExitCosts:
     """
-    Multiply-accumulate operations (MACs) of one image, part by part. Computed from the shapes, not measured.
+    One number for each stage and each head: multiply-accumulate operations (MACs), parameters, or milliseconds.
 
     Args:
-        stages (`list[int]`): One per stage.
-        heads (`list[int]`): One per exit; the last is the backbone's own head.
+        stages (`list[float]`): One per stage.
+        heads (`list[float]`): One per exit; the last is the backbone's own head.
     """
 
-    stages: list[int]
-    heads: list[int]
+    stages: list[float]
+    heads: list[float]
 
     @property
-    def plain(self) -> int:
-        """MACs of the backbone without early exits."""
+    def plain(self) -> float:
+        """The backbone without early exits."""
         return sum(self.stages) + self.heads[-1]
 
-    def cumulative(self, exit_config: ExitConfig | None = None) -> list[int]:
+    def cumulative(self, exit_config: ExitConfig | None = None) -> list[float]:
         """
-        MACs of all that has run when an exit answers, earlier heads included.
+        All that has run when an exit answers, earlier heads included.
 
         Args:
             exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
 
         Returns:
-            `list[int]`: one per exit, and a last one for the ensemble, whose mean costs nothing to speak of.
+            `list[float]`: one per exit, and a last one for the ensemble, whose mean costs nothing to speak of.
         """
-        num_exits = len(self.stages)
-        total, costs = 0, []
-        for index in range(num_exits):
-            total += self.stages[index]
-            if exit_config is None or exit_config.runs_head(index, num_exits):
-                total += self.heads[index]
+        total: float = 0
+        costs = []
+        for stage, head in zip(self.stages, self.heads_that_run(exit_config)):
+            total += stage + head
             costs.append(total)
         return [*costs, total]
 
     def relative(self, exit_config: ExitConfig | None = None) -> list[float]:
         """The cumulative costs as shares of the plain backbone's."""
         return [cost / self.plain for cost in self.cumulative(exit_config)]
+
+    def heads_that_run(self, exit_config: ExitConfig | None = None) -> list[float]:
+        """The heads' costs, 0 for those that the exit configuration does not run."""
+        num_exits = len(self.heads)
+        runs = [exit_config is None or exit_config.runs_head(index, num_exits) for index in range(num_exits)]
+        return [cost if run else 0 for cost, run in zip(self.heads, runs)]
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """
+    What [`measure_costs`] found. `exit_config.costs` holds it as a dictionary.
+
+    Args:
+        macs ([`ExitCosts`]): MACs of one image. Computed from the shapes.
+        parameters ([`ExitCosts`]): Parameters, each counted with the first part that uses it.
+        milliseconds (`dict[int, ExitCosts]`): By batch size, the median time of each part for a whole batch.
+        spread (`dict[int, ExitCosts]`): Likewise, its interquartile range.
+        plain (`dict[int, float]`): By batch size, the median milliseconds of the whole backbone without exits.
+        dtype (`str`): Numbers that were computed with.
+        threads (`int`): Threads that computed, on a CPU.
+        machine (`str`): What it was measured on, in words.
+    """
+
+    macs: ExitCosts
+    parameters: ExitCosts
+    milliseconds: dict[int, ExitCosts]
+    spread: dict[int, ExitCosts]
+    plain: dict[int, float]
+    dtype: str
+    threads: int
+    machine: str
+
+    @property
+    def batch_size(self) -> int:
+        """The largest that was measured."""
+        return max(self.milliseconds)
+
+    def cumulative(self, exit_config: ExitConfig | None = None, batch_size: int | None = None) -> list[float]:
+        """
+        Milliseconds for one image of a full batch until an exit answers, as [`ExitCosts.cumulative`].
+
+        Args:
+            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
+            batch_size (`int`, *optional*): One of those measured. Defaults to the largest.
+        """
+        size = batch_size or self.batch_size
+        return [milliseconds / size for milliseconds in self._measured(size).cumulative(exit_config)]
+
+    def expected_milliseconds(
+        self,
+        shares: Sequence[float],
+        exit_config: ExitConfig | None = None,
+        batch_size: int | None = None,
+        refilled: bool = False,
+    ) -> float:
+        """
+        Milliseconds for one image, computed from those of the parts and from how many images each exit answers.
+
+        Images leave independently of each other, so how many of a batch are left is binomial. The time of a stage for
+        that many is interpolated between the sizes measured.
+
+        Args:
+            shares (`Sequence[float]`): Share of the images that each exit answers, and at last the ensemble.
+            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
+            batch_size (`int`, *optional*): One of those measured. Defaults to the largest.
+            refilled (`bool`, *optional*, defaults to `False`): Whether stages run full batches to the end, as in
+                `predict_adaptive_stream`, rather than what is left of one, as in `predict_adaptive`.
+
+        Raises:
+            `ValueError`: if the batch size was not measured, or `shares` does not hold one share for each exit and one
+                for the ensemble.
+        """
+        size = batch_size or self.batch_size
+        self._measured(size)
+        num_exits = len(self.macs.stages)
+        if len(shares) != num_exits + 1 or not abs(sum(shares) - 1) < 1e-3:
+            raise ValueError(
+                f"`shares` is {list(shares)}; expected {num_exits + 1} shares of the images that add up to 1: one for "
+                "each exit, and the ensemble's."
+            )
+        sizes = [0, *sorted(self.milliseconds)]
+        total = 0.0
+        for index in range(num_exits):
+            times = [0.0]
+            for measured in sizes[1:]:
+                costs = self.milliseconds[measured]
+                times.append(costs.stages[index] + costs.heads_that_run(exit_config)[index])
+            left = min(1.0, max(0.0, 1 - sum(shares[:index])))
+            if refilled:
+                total += left * float(np.interp(size, sizes, times))
+            else:
+                counts = torch.arange(size + 1)
+                chances = torch.distributions.Binomial(size, torch.tensor(left, dtype=torch.float64)).log_prob(counts)
+                total += float(chances.exp().numpy() @ np.interp(counts.numpy(), sizes, times))
+        return total / size
+
+    def _measured(self, batch_size: int) -> ExitCosts:
+        if batch_size not in self.milliseconds:
+            raise ValueError(
+                f"`batch_size` is {batch_size}, and {sorted(self.milliseconds)} were measured. Choose one of them, or "
+                f"call `measure_costs(model, batch_size={batch_size})`."
+            )
+        return self.milliseconds[batch_size]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        values = asdict(self)
+        for name in ("milliseconds", "spread", "plain"):
+            values[name] = {str(size): value for size, value in values[name].items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MeasuredCosts":
+        """The inverse of [`MeasuredCosts.to_dict`]."""
+        read = dict(values)
+        for name in ("macs", "parameters"):
+            read[name] = ExitCosts(**values[name])
+        for name in ("milliseconds", "spread"):
+            read[name] = {int(size): ExitCosts(**costs) for size, costs in values[name].items()}
+        read["plain"] = {int(size): value for size, value in values["plain"].items()}
+        return cls(**read)
 
 
 def count_macs(model: "ScanForImageClassification") -> ExitCosts:
@@ -90,12 +214,9 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
             output = part(index, state)
         return counter.get_total_flops() // 2, output
 
-    size = model.config.image_size
-    assert size is not None  # the network filled it in
-    state: tuple[Any, ...] = (
-        torch.zeros(1, model.config.num_channels, size, size, device=model.device, dtype=model.dtype),
-    )
-    stages, heads = [], []
+    state: tuple[Any, ...] = (_example(model, 1, torch.zeros),)
+    stages: list[float] = []
+    heads: list[float] = []
     was_training = model.training
     model.eval()
     try:
@@ -109,6 +230,225 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
     return ExitCosts(stages, heads)
 
 
+def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
+    """
+    Counts the parameters of each stage and head; one that several stages use, with the first of them. Of an exit head,
+    those that it answers with: the projection of its feature for the hint is for training.
+    """
+    left = dict(model.backbone.named_parameters())
+    stages: list[float] = []
+    for stage in model.stages:
+        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
+        stages.append(sum(left.pop(name).numel() for name in used))
+    heads: list[float] = [
+        sum(
+            parameter.numel() for name, parameter in head.named_parameters() if not name.startswith("hint_projection.")
+        )
+        for head in model.exit_heads
+    ]
+    if not model.config.truncated:
+        heads.append(sum(parameter.numel() for parameter in left.values()))
+    return ExitCosts(stages, heads)
+
+
+def measure_costs(
+    model: "ScanForImageClassification",
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+    rounds: int = 7,
+) -> MeasuredCosts:
+    """
+    Measures what each stage and each head costs on this machine, at the given batch size and at the powers of two
+    below it, since a batch shrinks as images leave. The parts are timed on their way through the network, one after
+    another as they really run, because each finds the caches as the part before left them; the plain backbone is timed
+    in turns with them.
+
+    Args:
+        model ([`ScanForImageClassification`]): In evaluation mode, in the memory format that it is used in.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time.
+        dtype (`torch.dtype`, *optional*): Numbers to compute with. Defaults to the model's.
+        threads (`int`, *optional*): Threads to compute with, on a CPU. Defaults to PyTorch's current number.
+        device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
+            device, or with another `dtype`, a copy is measured.
+        rounds (`int`, *optional*, defaults to 7): Times that each batch size is measured, for at least 50
+            milliseconds each.
+
+    Returns:
+        [`MeasuredCosts`]. `model.exit_config = model.exit_config.update(costs=costs.to_dict())` has them saved with
+        the model.
+
+    Raises:
+        `ValueError`: if the model is in training mode, or `batch_size`, `threads` or `rounds` are below 1.
+
+    Example:
+
+    ```python
+    >>> from hf_scan import ScanConfig, ScanForImageClassification, measure_costs, predicted_speedup
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+    >>> costs = measure_costs(model, batch_size=4, rounds=3)
+    >>> sorted(costs.milliseconds)
+    [1, 2, 4]
+    >>> half_leave_at_once = predicted_speedup(costs, shares=[0.5, 0.0, 0.0, 0.5])
+    ```
+    """
+    check_eval_mode(model)
+    for name, value in {"batch_size": batch_size, "threads": threads, "rounds": rounds}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+    device = torch.device(device or model.device)
+    if device != model.device or dtype not in (None, model.dtype):
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    sizes = sorted({batch_size, *(2**power for power in range(batch_size.bit_length()))})
+    times: dict[int, list[list[float]]] = {size: [] for size in sizes}  # each part's and the backbone's, in seconds
+    batches = {size: _example(model, size, torch.rand) for size in sizes}
+
+    with benchmark.set_torch_threads(threads or torch.get_num_threads()), torch.inference_mode():
+        repeats = {}
+        for size, images in batches.items():
+            _time_parts(model, images)  # warms up
+            repeats[size] = max(1, round(0.05 / sum(_time_parts(model, images))))
+        with logging.tqdm(total=rounds * len(sizes), desc="Measuring the exits' costs", leave=False) as bar:
+            for _ in range(rounds):
+                for size, images in batches.items():
+                    times[size] += [_time_parts(model, images) for _ in range(repeats[size])]
+                    bar.update()
+        machine = describe_machine(device)
+        threads = torch.get_num_threads()
+
+    task = benchmark.TaskSpec("", "", num_threads=threads)
+    measured = {
+        size: [benchmark.Measurement(1, list(raw), task) for raw in zip(*passes)] for size, passes in times.items()
+    }
+
+    def of_parts(statistic: str) -> dict[int, ExitCosts]:
+        values = {size: [1000 * getattr(part, statistic) for part in parts] for size, parts in measured.items()}
+        return {size: ExitCosts(every[:-1:2], every[1:-1:2]) for size, every in values.items()}
+
+    return MeasuredCosts(
+        macs=count_macs(model),
+        parameters=count_parameters(model),
+        milliseconds=of_parts("median"),
+        spread=of_parts("iqr"),
+        plain={size: 1000 * parts[-1].median for size, parts in measured.items()},
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=threads,
+        machine=machine,
+    )
+
+
+def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
+    """Seconds of each stage and its head, in their order, and of the plain network."""
+    plain = model if model.config.truncated else model.backbone
+    state: tuple[Any, ...] = (images,)
+    seconds = []
+    for index in range(model.num_exits):
+        start = timer()
+        state = model.run_stage(index, state)
+        middle = timer()
+        model.run_exit(index, state)
+        seconds += [middle - start, timer() - middle]
+    start = timer()
+    plain(images)
+    return [*seconds, timer() - start]
+
+
+def predicted_speedup(
+    costs: MeasuredCosts,
+    shares: Sequence[float],
+    exit_config: ExitConfig | None = None,
+    batch_size: int | None = None,
+    refilled: bool = False,
+) -> float:
+    """
+    The plain backbone's time over what adaptive inference should take: [`MeasuredCosts.expected_milliseconds`], whose
+    arguments these are. Computed.
+
+    Args:
+        costs ([`MeasuredCosts`]): From [`measure_costs`].
+        shares (`Sequence[float]`): Share of the images that each exit answers, and at last the ensemble.
+        exit_config, batch_size, refilled: as there.
+    """
+    size = batch_size or costs.batch_size
+    expected = costs.expected_milliseconds(shares, exit_config, size, refilled)
+    return costs.plain[size] / size / expected
+
+
+@dataclass(frozen=True)
+class RealisedSpeedup:
+    """
+    What [`realised_speedup`] measured.
+
+    Args:
+        batch_size (`int`): Images at a time.
+        refilled (`bool`): Whether by `predict_adaptive_stream`.
+        plain (`float`): Milliseconds for one image, of the backbone without early exits.
+        adaptive (`float`): The same, of adaptive inference with the model's own exit configuration.
+        shares (`list[float]`): Share of the images that each exit answered, and at last the ensemble.
+    """
+
+    batch_size: int
+    refilled: bool
+    plain: float
+    adaptive: float
+    shares: list[float]
+
+    @property
+    def speedup(self) -> float:
+        """The plain time over the adaptive one."""
+        return self.plain / self.adaptive
+
+
+def realised_speedup(
+    model: "ScanForImageClassification",
+    images: torch.Tensor,
+    batch_size: int = 1,
+    plain: Callable[[torch.Tensor], object] | None = None,
+    refilled: bool = False,
+    rounds: int = 7,
+) -> RealisedSpeedup:
+    """
+    Measures adaptive inference against the plain backbone, on real images, in turns, as medians over rounds.
+
+    Args:
+        model ([`ScanForImageClassification`]): In evaluation mode, with an exit configuration.
+        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
+            format; each round runs all of them.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time.
+        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`.
+        refilled (`bool`, *optional*, defaults to `False`): Whether to measure `predict_adaptive_stream` rather than
+            `predict_adaptive`.
+        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+
+    Returns:
+        [`RealisedSpeedup`]
+    """
+    batches = images.split(batch_size)
+    network = plain or model.backbone
+
+    def answers() -> list[AdaptiveOutput]:
+        if refilled:
+            return list(model.predict_adaptive_stream(batches, batch_size=batch_size))
+        return [model.predict_adaptive(batch) for batch in batches]
+
+    def run_plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                network(batch)
+
+    seconds = interleaved_medians({"plain": run_plain, "adaptive": answers}, rounds=rounds, seconds_per_round=0.0)
+    exits = torch.cat([answer.exit_index for answer in answers()])
+    return RealisedSpeedup(
+        batch_size=batch_size,
+        refilled=refilled,
+        plain=1000 * seconds["plain"] / len(images),
+        adaptive=1000 * seconds["adaptive"] / len(images),
+        shares=(exits.bincount(minlength=model.num_exits + 1) / len(images)).tolist(),
+    )
+
+
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 7, seconds_per_round: float = 0.2
 ) -> dict[str, float]:
@@ -116,7 +456,7 @@ def interleaved_medians(
     Median seconds of several calls, measured in turns, so that a machine that slows down does so for all of them.
 
     Args:
-        calls (`Mapping[str, Callable]`): What to time, by name. On an accelerator, a call has to wait for it.
+        calls (`Mapping[str, Callable]`): What to time, by name.
         rounds (`int`, *optional*, defaults to 7): Times that each is measured.
         seconds_per_round (`float`, *optional*, defaults to 0.2): How long each measurement takes at least; a call is
             repeated to fill it.
@@ -124,105 +464,19 @@ def interleaved_medians(
     Returns:
         `dict[str, float]`: seconds for one call, by name.
     """
+
+    def seconds(call: Callable[[], object], repeats: int) -> float:
+        return timeit(call, number=repeats, timer=timer) / repeats
+
     repeats = {}
     for name, call in calls.items():
-        timeit(call, number=2)  # warms up
-        repeats[name] = max(1, round(seconds_per_round * 2 / timeit(call, number=2)))
+        seconds(call, 2)  # warms up
+        repeats[name] = max(1, round(seconds_per_round / seconds(call, 2)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(timeit(call, number=repeats[name]) / repeats[name])
+            times[name].append(seconds(call, repeats[name]))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-@dataclass(frozen=True)
-class MeasuredTimes:
-    """
-    Milliseconds for one image, measured.
-
-    Args:
-        batch_size (`int`): Images at a time.
-        plain (`float`): The backbone without early exits.
-        exits (`list[float]`): Being answered at each exit, earlier heads included; the ensemble is last.
-        adaptive (`float`): `predict_adaptive`, with the model's own exit configuration.
-        shares (`list[float]`): Share of the measured images that each exit, and the ensemble, answered.
-    """
-
-    batch_size: int
-    plain: float
-    exits: list[float]
-    adaptive: float
-    shares: list[float]
-
-    @property
-    def predicted_speedup(self) -> float:
-        """The plain time over the exits' times, weighted by how many images they answer."""
-        return self.plain / sum(share * time for share, time in zip(self.shares, self.exits))
-
-    @property
-    def realised_speedup(self) -> float:
-        """The plain time over that of `predict_adaptive`, measured in turns on the same images."""
-        return self.plain / self.adaptive
-
-
-def measure_times(
-    model: "ScanForImageClassification",
-    images: torch.Tensor,
-    batch_size: int,
-    plain: Callable[[torch.Tensor], object] | None = None,
-    rounds: int = 7,
-) -> MeasuredTimes:
-    """
-    Measures a network with thresholds against its plain backbone, on real images, interleaved, medians over rounds.
-
-    Args:
-        model ([`ScanForImageClassification`]): In eval mode, with an exit configuration.
-        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
-            format; each round runs all of them.
-        batch_size (`int`): Images at a time.
-        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`.
-        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
-
-    Returns:
-        [`MeasuredTimes`]
-    """
-    batches = images.split(batch_size)
-    plain = plain or model.backbone
-    num_exits = model.num_exits
-    own = model.exit_config.resolve(num_exits)
-
-    def leaving_at(index: int) -> ExitConfig:
-        # Switched-off exits stay off, heads that run for the ensemble run,
-        # and a decision that is made is made: above the largest number below 1 there is no confidence.
-        never = math.nextafter(1.0, 0.0)
-        passed = [threshold if threshold is None or threshold == 1 else never for threshold in own]
-        return model.exit_config.update(thresholds=[*passed[:index], 0.0, *passed[index + 1 :]][:num_exits])
-
-    def over(call: Callable[[torch.Tensor], object]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.inference_mode():
-                for batch in batches:
-                    call(batch)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-
-        return run
-
-    calls: dict[str, Callable[[], object]] = {"plain": over(plain), "adaptive": over(model.predict_adaptive)}
-    for index in range(num_exits + 1):
-        calls[str(index)] = over(partial(model.predict_adaptive, exit_config=leaving_at(index)))
-    seconds = interleaved_medians(calls, rounds=rounds, seconds_per_round=0.0)
-    per_image = {name: 1000 * value / len(images) for name, value in seconds.items()}
-
-    answers = torch.cat([model.predict_adaptive(batch).exit_index for batch in batches])
-    shares = answers.bincount(minlength=num_exits + 1) / len(images)
-    return MeasuredTimes(
-        batch_size=batch_size,
-        plain=per_image["plain"],
-        exits=[per_image[str(index)] for index in range(num_exits + 1)],
-        adaptive=per_image["adaptive"],
-        shares=shares.tolist(),
-    )
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:
@@ -236,9 +490,32 @@ def describe_machine(device: torch.device | str = "cpu") -> str:
     return f"{cpu}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
+def _example(model: "ScanForImageClassification", batch_size: int, fill: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Images as the model takes them: of its size and type, on its device and in its memory format."""
+    size = model.config.image_size
+    assert size is not None  # the network filled it in
+    images = fill(batch_size, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
+    channels_last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
+    return images.to(memory_format=torch.channels_last) if channels_last else images
+
+
 def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError:
         return ""
+
+
+__all__ = [
+    "ExitCosts",
+    "MeasuredCosts",
+    "RealisedSpeedup",
+    "count_macs",
+    "count_parameters",
+    "describe_machine",
+    "interleaved_medians",
+    "measure_costs",
+    "predicted_speedup",
+    "realised_speedup",
+]

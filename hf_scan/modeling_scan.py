@@ -281,12 +281,14 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
     def compile_stages(self, **kwargs: Any) -> None:
         """
         Compiles each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
-        sizes are dynamic, so that a stage is compiled a few times, for single images and for the ranges of batch sizes
-        that PyTorch divides them into, each when it first occurs. (`torch.compile(model)` compiles the whole network
-        with every exit, for training.)
+        the first batch size is compiled as it is, the next one for any size, and single images on their own, each when
+        it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
+
+        On a CPU, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch fold batch norm into the weights and lay
+        them out for the machine, which is worth more than all the rest; weights must then not change any more.
 
         Args:
-            kwargs: For `torch.compile`: `mode`, `backend` and so on; `dynamic` is `True` unless given.
+            kwargs: For `torch.compile`: `mode`, `backend` and so on.
 
         Example:
 
@@ -300,15 +302,14 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         torch.Size([3, 10])
         ```
         """
-        settings = {"dynamic": True, **kwargs}
         for index, stage in enumerate(self.stages):
-            self._compiled[f"stage {index}"] = torch.compile(stage.forward, **settings)
+            self._compiled[f"stage {index}"] = torch.compile(stage.forward, **kwargs)
         for index, head in enumerate(self.exit_heads):
             # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
             forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)
-            self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **settings)
+            self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **kwargs)
         if not self.config.truncated:
-            self._compiled["deepest head"] = torch.compile(self.backbone.forward_head, **settings)
+            self._compiled["deepest head"] = torch.compile(self.backbone.forward_head, **kwargs)
 
     def join_states(self, index: int, states: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         """What a stage returned for several batches, as for one batch of all of them."""
@@ -418,7 +419,8 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             )
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
-        if values and not torch.stack(pixel_values.aminmax()).isfinite().all():
+        # One pass, and one number to wait for: the sum of finite pixels is finite.
+        if values and not pixel_values.sum(dtype=torch.float32).isfinite():
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
 
     def check_labels(self, labels: torch.Tensor) -> None:
@@ -584,7 +586,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
                     "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
                     "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
-                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None)
+                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None, costs=None)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config

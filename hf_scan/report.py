@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .costs import MeasuredTimes, count_macs
+from .costs import MeasuredCosts, RealisedSpeedup, count_macs, predicted_speedup
 
 
 if TYPE_CHECKING:
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 def exit_report(
     model: "ScanForImageClassification",
     scores: Mapping[str, float],
-    times: Sequence[MeasuredTimes] = (),
+    speedups: Sequence[RealisedSpeedup] = (),
     plain_accuracy: float | None = None,
 ) -> dict[str, Any]:
     """
     Puts together what is known of a network's exits. A figure that was not measured is not in it.
 
     Args:
-        model ([`ScanForImageClassification`]): With its exit configuration.
+        model ([`ScanForImageClassification`]): With its exit configuration; what its parts cost is read there.
         scores (`Mapping[str, float]`): What [`~hf_scan.metrics.ScanAccuracy`] gave on the test split.
-        times (`Sequence[MeasuredTimes]`, *optional*): One per batch size.
+        speedups (`Sequence[RealisedSpeedup]`, *optional*): From [`~hf_scan.costs.realised_speedup`].
         plain_accuracy (`float`, *optional*): Test accuracy of the plain backbone, trained with the same recipe.
 
     Returns:
@@ -34,6 +34,13 @@ def exit_report(
     adaptive = model.exit_config.thresholds is not None
     cumulative = macs.cumulative(model.exit_config if adaptive else None)
     thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
+    costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None
+    columns = [measured for measured in speedups if not measured.refilled]
+    milliseconds = {
+        str(measured.batch_size): costs.cumulative(model.exit_config if adaptive else None, measured.batch_size)
+        for measured in columns
+        if costs is not None
+    }
 
     rows: list[dict[str, Any]] = []
     for index in range(model.num_exits + 1):
@@ -48,11 +55,11 @@ def exit_report(
         if thresholds is not None:
             row["threshold"] = None if ensemble else thresholds[index]
             row["share"] = scores[f"{key}_share"]
-        row["milliseconds"] = {str(time.batch_size): time.exits[index] for time in times}
+        row["milliseconds"] = {size: values[index] for size, values in milliseconds.items()}
         rows.append(row)
 
     plain: dict[str, Any] = {"name": "plain backbone", "macs": macs.plain}
-    plain["milliseconds"] = {str(time.batch_size): time.plain for time in times}
+    plain["milliseconds"] = {str(measured.batch_size): measured.plain for measured in columns}
     if plain_accuracy is not None:
         plain["accuracy"] = plain_accuracy
     speedup: dict[str, Any] = {}
@@ -63,13 +70,17 @@ def exit_report(
                 "name": "adaptive",
                 "accuracy": scores["adaptive_accuracy"],
                 "macs": mean_macs,
-                "milliseconds": {str(time.batch_size): time.adaptive for time in times},
+                "milliseconds": {str(measured.batch_size): measured.adaptive for measured in columns},
             }
         )
         speedup["predicted from MACs"] = macs.plain / mean_macs
-        for time in times:
-            speedup[f"predicted from milliseconds, batch {time.batch_size}"] = time.predicted_speedup
-            speedup[f"realised, batch {time.batch_size}"] = time.realised_speedup
+        for measured in speedups:
+            size, refilled = measured.batch_size, measured.refilled
+            batch = f"batch {size}, refilled" if refilled else f"batch {size}"
+            if costs is not None:
+                predicted = predicted_speedup(costs, measured.shares, model.exit_config, size, refilled)
+                speedup[f"predicted from milliseconds, {batch}"] = predicted
+            speedup[f"realised, {batch}"] = measured.speedup
     rows.append(plain)
     return {"rows": rows, "speedup": speedup}
 
@@ -83,7 +94,7 @@ def exit_table(report: Mapping[str, Any]) -> str:
     """
     rows = report["rows"]
     plain_macs = rows[-1]["macs"]
-    batch_sizes = list(rows[0]["milliseconds"])
+    batch_sizes = list(rows[-1]["milliseconds"])
     head = ["", "accuracy", "leave when above", "share", "MACs", "x plain", *(f"ms, batch {b}" for b in batch_sizes)]
     table = [head]
     for row in rows:
@@ -96,7 +107,7 @@ def exit_table(report: Mapping[str, Any]) -> str:
                 f"{row['share']:.1%}" if "share" in row else "",
                 f"{row['macs'] / 1e6:.1f} M",
                 f"{row['macs'] / plain_macs:.3f}",
-                *(f"{row['milliseconds'][size]:.3f}" for size in batch_sizes),
+                *(f"{row['milliseconds'][size]:.3f}" if size in row["milliseconds"] else "" for size in batch_sizes),
             ]
         )
     # A column that says nothing in any row is left out.

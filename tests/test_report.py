@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_scan import ExitConfig
-from hf_scan.costs import MeasuredTimes, count_macs
+from hf_scan.costs import ExitCosts, MeasuredCosts, RealisedSpeedup, count_macs
 from hf_scan.model_card import create_model_card
 from hf_scan.report import exit_report, exit_table, speedup_lines
 
@@ -23,20 +23,27 @@ SCORES = {
     "ensemble_share": 0.1,
     "mean_cost": 0.625,
 }
-TIMES = [MeasuredTimes(8, plain=4.0, exits=[1.0, 2.0, 5.0, 5.0], adaptive=2.5, shares=[0.5, 0.5, 0.0, 0.0])]
+SPEEDUPS = [
+    RealisedSpeedup(8, refilled=refilled, plain=4.0, adaptive=2.5, shares=[0.5, 0.0, 0.0, 0.5])
+    for refilled in (False, True)
+]
+# For a batch of 8; in proportion to the images.
+MILLISECONDS = ExitCosts(stages=[6.0, 8.0, 16.0], heads=[2.0, 8.0, 2.0])
+ZERO = ExitCosts(stages=[0, 0, 0], heads=[0, 0, 0])
+COSTS = MeasuredCosts(ZERO, ZERO, {8: MILLISECONDS}, {8: ZERO}, {8: 32.0}, dtype="", threads=1, machine="")
 FACTS = {"dataset": "letters", "splits": {"train": 10, "search": 4, "test": 6}}
 
 
 def calibrated():
     model = random_scan_model()
     search = {"method": "genetic", "beta": 0.5, "seed": 0, "n": 4, "split": "search", "fingerprint": "ab" * 32}
-    model.exit_config = ExitConfig(thresholds=[0.8, None, 1.0], search=search)
+    model.exit_config = ExitConfig(thresholds=[0.8, None, 1.0], search=search, costs=COSTS.to_dict())
     return model
 
 
 def test_report_holds_every_figure_once():
     model = calibrated()
-    report = exit_report(model, SCORES, TIMES, plain_accuracy=0.72)
+    report = exit_report(model, SCORES, SPEEDUPS, plain_accuracy=0.72)
     assert [row["name"] for row in report["rows"]] == [
         "exit 0 (layer1)",
         "exit 1 (layer2)",
@@ -56,14 +63,18 @@ def test_report_holds_every_figure_once():
     }
     assert report["speedup"] == {
         "predicted from MACs": pytest.approx(1.6),
-        "predicted from milliseconds, batch 8": pytest.approx(4 / 1.5),
+        # Exit 1 is switched off: (6 + 2) / 8 ms for all, (8 + 16 + 2) / 8 ms for half of them.
+        "predicted from milliseconds, batch 8": pytest.approx(4 / (1 + 0.5 * 3.25)),
         "realised, batch 8": pytest.approx(1.6),
+        "predicted from milliseconds, batch 8, refilled": pytest.approx(4 / (1 + 0.5 * 3.25)),
+        "realised, batch 8, refilled": pytest.approx(1.6),
     }
+    assert [row["milliseconds"]["8"] for row in report["rows"]] == [1.0, 2.0, 4.25, 4.25, 2.5, 4.0]
     json.dumps(report)
 
 
 def test_the_table_leaves_out_what_was_not_measured():
-    full = exit_table(exit_report(calibrated(), SCORES, TIMES, plain_accuracy=0.72))
+    full = exit_table(exit_report(calibrated(), SCORES, SPEEDUPS, plain_accuracy=0.72))
     assert "| ms, batch 8 |" in full
     assert "50.00%" in full
     assert len({len(line) for line in full.splitlines()}) == 1
@@ -74,7 +85,7 @@ def test_the_table_leaves_out_what_was_not_measured():
 
 
 def test_card_says_what_the_report_says(tmp_path):
-    report = exit_report(calibrated(), SCORES, TIMES, plain_accuracy=0.72)
+    report = exit_report(calibrated(), SCORES, SPEEDUPS, plain_accuracy=0.72)
     create_model_card(calibrated(), report, FACTS, "org/scan-letters").save(tmp_path / "README.md")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "hf_scan"
