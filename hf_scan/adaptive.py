@@ -4,10 +4,10 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -330,6 +330,8 @@ class AdaptiveInferenceMixin:
             `ValueError`: if the images are not what the network takes or hold NaN or infinite values, if there are no
                 thresholds or the wrong number of them, if `max_exit` or `max_time_ms` are out of range, or if the
                 model is in training mode.
+            `RuntimeError`: (on an accelerator `torch.OutOfMemoryError`) if memory does not suffice for the batch. It
+                names a batch size that fits.
 
         Example:
 
@@ -350,25 +352,76 @@ class AdaptiveInferenceMixin:
         plan = plan_exits(config, model.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        started = now = time.perf_counter()
+        return within_memory(
+            lambda size: _run_stages(model, config, plan, pixel_values[:size], max_time_ms), len(pixel_values)
+        )
 
-        batch_size = len(pixel_values)
-        answer: AdaptiveOutput | None = None  # filled as samples leave
-        group = Group(torch.arange(batch_size, device=pixel_values.device), (pixel_values,))
-        for index in range(len(plan)):
-            gone, rest = advance(model, config, plan, index, group)
-            before, now = now, time.perf_counter()
-            # The next stage is taken to need as long as this one did.
-            if max_time_ms is not None and rest is not None and 1000 * (2 * now - before - started) > max_time_ms:
-                late, rest = give_up(config, rest, model.num_exits)
-                gone += late
-            for answers in gone:
-                answer = _entered(answer, answers, batch_size)
-            if rest is None:
-                break
-            group = rest
-        assert answer is not None  # the last exit lets nobody stay
-        return answer
+
+def _run_stages(
+    model: Any,
+    config: ExitConfig,
+    plan: list[tuple[bool, float | None]],
+    pixel_values: torch.Tensor,
+    max_time_ms: float | None,
+) -> AdaptiveOutput:
+    started = now = time.perf_counter()
+    batch_size = len(pixel_values)
+    answer: AdaptiveOutput | None = None  # filled as samples leave
+    group = Group(torch.arange(batch_size, device=pixel_values.device), (pixel_values,))
+    for index in range(len(plan)):
+        gone, rest = advance(model, config, plan, index, group)
+        before, now = now, time.perf_counter()
+        # The next stage is taken to need as long as this one did.
+        if max_time_ms is not None and rest is not None and 1000 * (2 * now - before - started) > max_time_ms:
+            late, rest = give_up(config, rest, model.num_exits)
+            gone += late
+        for answers in gone:
+            answer = _entered(answer, answers, batch_size)
+        if rest is None:
+            break
+        group = rest
+    assert answer is not None  # the last exit lets nobody stay
+    return answer
+
+
+Result = TypeVar("Result")
+
+
+def within_memory(run: Callable[[int], Result], batch_size: int) -> Result:
+    """
+    Runs something for a batch. If memory does not suffice, finds out by halving for how many samples it does, and says
+    so.
+
+    Args:
+        run (`Callable[[int], Result]`): Runs it for the first samples of the batch, as many as it is given.
+        batch_size (`int`): How many there are.
+
+    Raises:
+        `RuntimeError` or `MemoryError`: of the kind that was raised, with what was raised and the size that fits.
+    """
+    try:
+        return run(batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        kind, message = type(error), str(error)
+    # Not in the handler, where the traceback keeps what has been computed.
+    size = batch_size // 2
+    while size:
+        try:
+            run(size)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        size //= 2
+    fits = f"{size} fit; use batches of at most that size" if size else "not even one fits"
+    raise kind(f"Memory does not suffice for a batch of {batch_size}: {fits}. ({message})")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # An accelerator's has a class of its own; PyTorch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def check_eval_mode(model: Any) -> None:

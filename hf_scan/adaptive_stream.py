@@ -17,6 +17,7 @@ from .adaptive import (
     advance,
     check_eval_mode,
     plan_exits,
+    within_memory,
 )
 
 
@@ -59,6 +60,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         Raises:
             `ValueError`: as [`~AdaptiveInferenceMixin.predict_adaptive`], if `batch_size` is below 1, or images differ
                 in size. An error of the stream itself is raised when all that came before it is answered.
+            `RuntimeError`: if memory does not suffice for `batch_size`. It names a size that fits.
 
         Example:
 
@@ -81,8 +83,14 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         plan = plan_exits(config, model.num_exits, max_exit)
 
         def run(index: int, group: Group) -> tuple[list[Answers], Group | None]:
+            count = len(group.rows)
             with torch.inference_mode():
-                return advance(model, config, plan, index, group)
+                return within_memory(
+                    lambda size: advance(
+                        model, config, plan, index, group if size == count else _part(model, index, group, slice(size))
+                    ),
+                    count,
+                )
 
         arrived: deque[int] = deque()  # which samples came, in their order
         answers = _flow(model, _numbered(batches, batch_size), batch_size, len(plan), run, arrived.extend)
@@ -159,18 +167,11 @@ class _Queue:
             group = self.groups.pop(0)
             room = self.batch_size - count
             if len(group.rows) > room:
-                self.groups.insert(0, self._part(group, slice(room, None)))
-                group = self._part(group, slice(room))
+                self.groups.insert(0, _part(self.model, self.index, group, slice(room, None)))
+                group = _part(self.model, self.index, group, slice(room))
             taken.append(group)
             count += len(group.rows)
         return taken[0] if len(taken) == 1 else self._joined(taken)
-
-    def _part(self, group: Group, part: slice) -> Group:
-        if self.index == 0:
-            state: tuple[Any, ...] = (group.state[0][part],)
-        else:
-            state = self.model.select_rows(self.index - 1, group.state, part, len(group.rows))
-        return Group(group.rows[part], state, [logits[part] for logits in group.seen], group.exits)
 
     def _joined(self, groups: list[Group]) -> Group:
         states = [group.state for group in groups]
@@ -180,6 +181,15 @@ class _Queue:
             state = self.model.join_states(self.index - 1, states)
         seen = [torch.cat(logits) for logits in zip(*(group.seen for group in groups))]
         return Group(torch.cat([group.rows for group in groups]), state, seen, groups[0].exits)
+
+
+def _part(model: Any, index: int, group: Group, rows: slice) -> Group:
+    """Some of a group that waits in front of a stage."""
+    if index == 0:
+        state: tuple[Any, ...] = (group.state[0][rows],)
+    else:
+        state = model.select_rows(index - 1, group.state, rows, len(group.rows))
+    return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
 
 
 def _numbered(batches: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -281,8 +281,8 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
     def compile_stages(self, **kwargs: Any) -> None:
         """
         Compiles each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
-        the first batch size is compiled as it is, the next one for any size, and single images on their own, each when
-        it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
+        the first batch size is compiled as it is, others for the few ranges of sizes that PyTorch divides them into,
+        each when it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
 
         On a CPU, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch fold batch norm into the weights and lay
         them out for the machine, which is worth more than all the rest; weights must then not change any more.

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hf_scan import ExitConfig, apply_exit_rule
+from hf_scan.adaptive import within_memory
 from hf_scan.calibration import answering_column
 from hf_scan.calibration.exit_table import exit_columns
 
@@ -342,3 +345,45 @@ def test_limits_out_of_range(model, images, limit):
     ((name, value),) = limit.items()
     with pytest.raises(ValueError, match=f"`{name}` is {value}; expected"):
         model.predict_adaptive(images, thresholds=[0.5, 0.5], **limit)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
+def test_a_batch_that_memory_does_not_suffice_for():
+    """The size that the error names is tried in that process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.batch_of_a_small_machine"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Memory does not suffice for a batch of")]
+    assert len(lines) == 2
+    assert all("use batches of at most that size. (" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("room", "found", "sizes"),
+    [(5, "4 fit", [16, 8, 4]), (1, "1 fit", [16, 8, 4, 2, 1]), (0, "not even one fits", [16, 8, 4, 2, 1])],
+)
+def test_the_size_that_fits_is_found_by_halving(room, found, sizes):
+    tried = []
+
+    def run(size):
+        tried.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError("no room")
+        return size
+
+    with pytest.raises(torch.OutOfMemoryError, match=rf"batch of 16: {found}.*\(no room\)"):
+        within_memory(run, 16)
+    assert tried == sizes
+
+
+def test_other_errors_are_not_tried_again():
+    tried = []
+
+    def run(size):
+        tried.append(size)
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
+        within_memory(run, 16)
+    assert tried == [16]
