@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """How to answer: [`ExitConfig`], the exit rule, and `predict_adaptive`, which really leaves the network early."""
 
+import functools
 import json
 import os
 import time
@@ -352,9 +353,33 @@ class AdaptiveInferenceMixin:
         plan = plan_exits(config, model.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
+        if len(pixel_values) == 1 and max_time_ms is None:
+            return _run_single(model, config, plan, pixel_values)
         return within_memory(
             lambda size: _run_stages(model, config, plan, pixel_values[:size], max_time_ms), len(pixel_values)
         )
+
+
+def _run_single(
+    model: Any, config: ExitConfig, plan: list[tuple[bool, float | None]], pixel_values: torch.Tensor
+) -> AdaptiveOutput:
+    """One image has no rows to keep account of, which at this size is a part of the time that counts."""
+    state: tuple[Any, ...] = (pixel_values,)
+    seen: list[torch.Tensor] = []
+    exits: list[int] = []
+    earlier = config.needs_history
+    for index, (runs, limit) in enumerate(plan):
+        state = model.run_stage(index, state)
+        if not runs:
+            continue
+        logits = model.run_exit(index, state)
+        seen, exits = ([*seen, logits], [*exits, index]) if earlier else ([logits], [index])
+        if limit is not None:
+            score = config.score(seen, exits)
+            if score.item() > limit:
+                exit_index = torch.full((1,), index, device=logits.device)
+                return AdaptiveOutput(logits, exit_index, _confidence(config, logits, index, score))
+    return AdaptiveOutput(*fall_back(config, seen, exits, model.num_exits))
 
 
 def _run_stages(
@@ -451,11 +476,17 @@ def plan_exits(
     if not 0 <= last < num_exits:
         raise ValueError(f"`max_exit` is {max_exit}; expected an exit from 0 to {num_exits - 1}, or None.")
     plan: list[tuple[bool, float | None]] = []
+    # Scores are float32. Rounded to it, a threshold compares with them alike as a tensor and as a number.
     for index, threshold in enumerate(exit_config.resolve(num_exits)[: last + 1]):
         decides = threshold is not None and threshold < 1 and not (index == last and exit_config.fallback == "deepest")
         runs = index == last or (threshold is not None and (decides or exit_config.needs_history or every_head))
-        plan.append((runs, threshold if decides else None))
+        plan.append((runs, _as_float32(threshold) if decides else None))
     return plan
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_float32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 @dataclass

@@ -420,7 +420,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
         # One pass, and one number to wait for: the sum of finite pixels is finite.
-        if values and not pixel_values.sum(dtype=torch.float32).isfinite():
+        if values and not math.isfinite(pixel_values.sum(dtype=torch.float32).item()):
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
 
     def check_labels(self, labels: torch.Tensor) -> None:

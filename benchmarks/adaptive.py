@@ -1,0 +1,521 @@
+"""Adaptive inference against the plain network and against others, on the clock.
+
+    python benchmarks/adaptive.py --model runs/quickstart
+    python benchmarks/adaptive.py --model runs/cifar100 --dataset_name uoft-cs/cifar100 --image_column img \
+        --label_column fine_label --plain runs/cifar100_plain --smaller runs/cifar100_small
+
+`--model`, `--plain` and `--smaller` are folders that `examples/train.py` wrote (the first without, the others with
+`--plain`); the quickstart's model is measured on its digits. Thresholds are found on the split that the model's run
+kept for that, for several weights of accuracy; accuracies are those of the whole test split, times are of its first
+images, each contender in turns, medians over rounds. Writes a table, a plot and a JSON file. For `earlyon`:
+`pip install earlyon`.
+"""
+
+# ruff: noqa: E402 (the environment is set before anything else is imported)
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+# Read when a process starts, and when PyTorch is imported: glibc keeps the memory that a batch takes for the next one,
+# and the compiler lays weights out beforehand. Both make the plain network faster, too.
+TUNING = {
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "TORCHINDUCTOR_FREEZING": "1",
+}
+if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in TUNING.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING})
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import AutoImageProcessor, TimmWrapperForImageClassification, default_data_collator
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import quickstart
+import train
+from adaptive_peers import cascade, cascade_threshold, earlyon
+
+from hf_scan import (
+    ExitConfig,
+    ScanConfig,
+    ScanForImageClassification,
+    apply_exit_rule,
+    calibrate,
+    measure_costs,
+    predicted_speedup,
+    realised_speedup,
+)
+from hf_scan.calibration import collect_exit_logits
+from hf_scan.costs import describe_machine, interleaved_medians
+from hf_scan.data import eval_transform
+
+
+BATCH_SIZES = (1, 8, 64)
+THREADS = (1, 2)
+DROPS = (0.0, 0.5, 1.0)  # points that an operating point may lose on the search split
+BETAS = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 100.0)
+SPLITS = ("search", "test")
+
+
+@dataclass
+class Contender:
+    """
+    Something that answers images.
+
+    Args:
+        name (`str`): What it is called in the table.
+        kind (`str`): What it is a variant of.
+        accuracy (`float`): On the test split.
+        parameters (`int`): How many it has.
+        answer (`Callable`): Takes a batch; with `stream`, all of them.
+        milliseconds (`dict[str, float]`): For one image, by threads and batch size; measured later.
+    """
+
+    name: str
+    kind: str
+    accuracy: float
+    parameters: int
+    answer: Callable[[Any], Any]
+    stream: bool = False
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    def over(self, batches: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+        """A call that answers all batches."""
+
+        def run() -> None:
+            with torch.inference_mode():
+                if self.stream:
+                    self.answer(batches)
+                else:
+                    for batch in batches:
+                        self.answer(batch)
+
+        return run
+
+
+class Networks:
+    """The networks that are compared, and what they answer on the splits to search and to test on."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model = ScanForImageClassification.from_pretrained(arguments.model).eval()
+        self.model.to(memory_format=torch.channels_last)
+        self.splits, self.dataset, self.seed = load_splits(arguments)
+        tables = {name: collect_exit_logits(self.model, rows, name) for name, rows in self.splits.items()}
+        self.tables = tables
+        self.labels = {name: torch.from_numpy(table.labels) for name, table in tables.items()}
+        self.exit_logits = {name: torch.from_numpy(table.logits).unbind(dim=1) for name, table in tables.items()}
+        # Without a plain network that was trained as such, the deepest exit stands for it.
+        self.plain: nn.Module = self.model.backbone
+        self.plain_logits = {name: logits[-1] for name, logits in self.exit_logits.items()}
+        if arguments.plain is not None:
+            self.plain, self.plain_logits = self.load(arguments.plain)
+        self.smaller, self.smaller_logits = (None, {}) if arguments.smaller is None else self.load(arguments.smaller)
+
+    def load(self, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        network = TimmWrapperForImageClassification.from_pretrained(folder).timm_model.eval()
+        network.to(memory_format=torch.channels_last)
+        logits = {}
+        for name, rows in self.splits.items():
+            loader = DataLoader(rows, batch_size=64, collate_fn=default_data_collator)
+            with torch.inference_mode():
+                logits[name] = torch.cat([network(batch["pixel_values"]) for batch in tqdm(loader, leave=False)])
+        return network, logits
+
+    def accuracy(self, logits: torch.Tensor, split: str = "test") -> float:
+        return float((logits.argmax(-1) == self.labels[split]).float().mean())
+
+    @property
+    def baseline(self) -> float:
+        """The plain network's accuracy on the search split."""
+        return self.accuracy(self.plain_logits["search"], "search")
+
+    def adaptive_accuracy(self, exit_config: ExitConfig) -> float:
+        return self.accuracy(apply_exit_rule(self.exit_logits["test"], exit_config).logits)
+
+    def operating_point(self, drop: float, *fallbacks: str) -> ExitConfig | None:
+        """The cheapest, of those that the search finds for several weights of accuracy, whose accuracy on the search
+        split is at most `drop` points below the plain network's."""
+        best = None
+        for fallback in fallbacks:
+            for beta in BETAS:
+                point = calibrate(
+                    self.model, self.tables["search"], fallback, beta=beta, threshold_range=0.9, progress=False
+                )
+                fits = 100 * (self.baseline - point.search["accuracy"]) <= drop + 1e-9
+                if fits and (best is None or point.search["cost"] < best.search["cost"]):
+                    best = point
+        return best
+
+
+def load_splits(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    """The splits to search and to test on, as the model's run divided them; the dataset's name, and the run's seed."""
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    facts = json.loads((arguments.model / "metrics.json").read_text(encoding="utf-8"))
+    if arguments.dataset_name is None:
+        splits = quickstart.load_splits()
+    else:
+        columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+        data = train.DataArguments(dataset_name=arguments.dataset_name, **columns)
+        splits = train.load_splits(data, facts["seed"], validate="validation" in facts["splits"])
+    found, expected = ({name: sizes[name] for name in SPLITS} for sizes in (splits.num_rows, facts["splits"]))
+    if found != expected:
+        raise ValueError(f"The model's run had splits of {expected} images, and this dataset gives {found}.")
+    prepared = {name: splits[name].with_transform(eval_transform(processor)) for name in SPLITS}
+    return prepared, facts["dataset"], facts["seed"]
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def macs(network: nn.Module, size: int | None) -> float:
+    assert size is not None  # the network filled it in
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() / 2
+
+
+def plain_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
+    facts = ("plain", networks.accuracy(networks.plain_logits["test"]), parameters(networks.plain))
+    yield Contender("plain, channels_last", *facts, networks.plain)
+    contiguous = copy.deepcopy(networks.plain).to(memory_format=torch.contiguous_format)
+    yield Contender("plain, eager", *facts, lambda images: contiguous(images.contiguous()))
+    if compiles:
+        yield Contender("plain, compiled", *facts, torch.compile(copy.deepcopy(networks.plain)))
+
+
+def adaptive_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
+    model, compiled = networks.model, copy.deepcopy(networks.model)
+    if compiles:
+        compiled.compile_stages()
+    points = {f"{drop} points": networks.operating_point(drop, "ensemble", "deepest") for drop in DROPS}
+    if model.exit_config.thresholds is not None:
+        points["its own"] = model.exit_config
+    for name, point in points.items():
+        if point is None:
+            print(f"No operating point loses at most {name} on the search split.", flush=True)
+            continue
+        print(f"{name}: thresholds {point.thresholds}, fallback {point.fallback}", flush=True)
+        facts = (f"hf_scan, {name}", networks.adaptive_accuracy(point), parameters(model))
+        yield Contender(f"hf_scan, {name}", *facts, partial(model.predict_adaptive, exit_config=point))
+        if compiles:
+            answer = partial(compiled.predict_adaptive, exit_config=point)
+            yield Contender(f"hf_scan, {name}, compiled", *facts, answer)
+        stream = partial(_drain, model, point)
+        yield Contender(f"hf_scan, {name}, refilled", *facts, stream, stream=True)
+
+
+def _drain(model: ScanForImageClassification, point: ExitConfig, batches: tuple[torch.Tensor, ...]) -> None:
+    for _ in model.predict_adaptive_stream(batches, batch_size=len(batches[0]), exit_config=point):
+        pass
+
+
+def truncated_contenders(networks: Networks) -> Iterator[Contender]:
+    for index, logits in enumerate(networks.exit_logits["test"][:-1]):
+        small = networks.model.truncate(index)
+        name = f"truncated at exit {index}"
+        yield Contender(name, name, networks.accuracy(logits), parameters(small), small)
+
+
+def other_contenders(networks: Networks) -> Iterator[Contender]:
+    """`earlyon`, and `hf_scan` by the rule that it can follow; a smaller network, alone and in a cascade."""
+    model, plain, smaller = networks.model, networks.plain, networks.smaller
+    point = networks.operating_point(0.5, "deepest")
+    peer = None if point is None else earlyon(copy.deepcopy(model), point)
+    if point is not None and peer is not None:
+        facts = (networks.adaptive_accuracy(point), parameters(model))
+        yield Contender("earlyon, 0.5 points", "earlyon", *facts, peer)
+        name = "hf_scan, as earlyon"
+        yield Contender(name, name, *facts, partial(model.predict_adaptive, exit_config=point))
+    if smaller is None:
+        return
+    size = parameters(smaller)
+    yield Contender(
+        "smaller plain", "smaller plain", networks.accuracy(networks.smaller_logits["test"]), size, smaller
+    )
+    found = cascade_threshold(
+        networks.smaller_logits["search"],
+        networks.plain_logits["search"],
+        networks.labels["search"],
+        [macs(network, model.config.image_size) for network in (smaller, plain)],
+        BETAS,
+        drop=0.5,
+    )
+    if found is not None:
+        leaves = networks.smaller_logits["test"].softmax(-1).amax(-1) > found
+        logits = torch.where(leaves[:, None], networks.smaller_logits["test"], networks.plain_logits["test"])
+        facts = (networks.accuracy(logits), size + parameters(plain))
+        yield Contender("cascade, 0.5 points", "cascade", *facts, cascade(smaller, plain, found))
+
+
+def measure(entries: list[Contender], images: torch.Tensor, rounds: int) -> None:
+    """Fills in everyone's times, all in turns."""
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        torch.compiler.reset()  # compiled code is for a number of threads
+        for batch_size in BATCH_SIZES:
+            # Single images take longer each.
+            batches = images[: 64 + 16 * batch_size].split(batch_size)
+            count = sum(len(batch) for batch in batches)
+            print(f"{threads} threads, batches of {batch_size}, {count} images", flush=True)
+            calls = {entry.name: entry.over(batches) for entry in entries}
+            for name, seconds in interleaved_medians(calls, rounds, seconds_per_round=0.0).items():
+                entry = next(entry for entry in entries if entry.name == name)
+                entry.milliseconds[setting(threads, batch_size)] = 1000 * seconds / count
+
+
+def setting(threads: int, batch_size: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}, batch {batch_size}"
+
+
+SETTINGS = [setting(threads, batch_size) for threads in THREADS for batch_size in BATCH_SIZES]
+
+
+def best(entries: list[Contender], kind: str, where: str) -> float | None:
+    """The least time of the variants of something."""
+    return min((entry.milliseconds[where] for entry in entries if entry.kind == kind), default=None)
+
+
+def table(entries: list[Contender]) -> str:
+    """Milliseconds for one image, and the best plain variant's time over it."""
+    head = ["", "accuracy", "drop, points", "parameters", *SETTINGS]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for entry in entries:
+        times = [
+            f"{entry.milliseconds[where]:.3f} ({best(entries, 'plain', where) / entry.milliseconds[where]:.2f}x)"
+            for where in SETTINGS
+        ]
+        drop = 100 * (entries[0].accuracy - entry.accuracy)
+        cells = [entry.name, f"{entry.accuracy:.2%}", f"{drop:+.2f}", f"{entry.parameters / 1e6:.2f} M", *times]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(entries: list[Contender], path: Path) -> None:
+    """Accuracy over milliseconds."""
+    wanted = [setting(max(THREADS), batch_size) for batch_size in (min(BATCH_SIZES), max(BATCH_SIZES))]
+    figure, axes = plt.subplots(1, len(wanted), figsize=(5.5 * len(wanted), 4.2), sharey=True)
+    families = list(dict.fromkeys(entry.kind.split(",")[0].split(" at ")[0] for entry in entries))
+    for axis, where in zip(axes, wanted):
+        for index, family in enumerate(families):
+            kinds = dict.fromkeys(entry.kind for entry in entries if entry.kind.startswith(family))
+            points = sorted(
+                (best(entries, kind, where), next(100 * e.accuracy for e in entries if e.kind == kind))
+                for kind in kinds
+            )
+            style = "o-" if len(points) > 1 else "D"
+            axis.plot(*zip(*points), style, color=f"C{index}", label=family)
+        axis.set_xlabel("milliseconds for one image, best variant")
+        axis.set_title(where)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on the test split, %")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def prediction(model: ScanForImageClassification, images: torch.Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """Realised over predicted speed-up, and the engine's time over that of the parts it ran."""
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        costs = measure_costs(model, batch_size=max(BATCH_SIZES), rounds=rounds)
+        for batch_size in BATCH_SIZES:
+            chosen = images[: 64 + 16 * batch_size]
+            for refilled in (False, True) if batch_size > 1 else (False,):
+                found = realised_speedup(model, chosen, batch_size, refilled=refilled, rounds=rounds)
+                expected = predicted_speedup(costs, found.shares, model.exit_config, batch_size, refilled)
+                where = setting(threads, batch_size) + ", refilled" * refilled
+                yield {"what": f"realised / predicted speed-up, {where}", "value": found.speedup / expected}
+            ratio = engine_over_parts(model, chosen.split(batch_size), rounds)
+            yield {"what": f"engine / its stages and heads, {setting(threads, batch_size)}", "value": ratio}
+
+
+def engine_over_parts(model: ScanForImageClassification, batches: tuple[torch.Tensor, ...], rounds: int) -> float:
+    """The time of `predict_adaptive` over that of the stages and heads in the same calls."""
+    inside = 0.0
+
+    def timed(part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal inside
+            start = time.perf_counter()
+            output = part(*arguments)
+            inside += time.perf_counter() - start
+            return output
+
+        return run
+
+    ratios = []
+    names = ("run_stage", "run_exit")
+    for name in names:
+        setattr(model, name, timed(getattr(model, name)))
+    try:
+        for _ in range(rounds + 1):
+            inside, start = 0.0, time.perf_counter()
+            for batch in batches:
+                model.predict_adaptive(batch)
+            ratios.append((time.perf_counter() - start) / inside)
+    finally:
+        for name in names:
+            delattr(model, name)
+    return statistics.median(ratios[1:])
+
+
+NOTHING_LEAVES = math.nextafter(1.0, 0.0)
+
+
+def overhead(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Time when every exit looks and nothing leaves, over that of the plain network. Random weights and images."""
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=100)).eval()
+    model.to(memory_format=torch.channels_last)
+    size = model.config.image_size
+    policy = ExitConfig(thresholds=[NOTHING_LEAVES] * (model.num_exits - 1))
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for batch_size in (1, 64):
+            images = torch.rand(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                calls = {
+                    "plain": partial(model.backbone, images),
+                    "adaptive": partial(model.predict_adaptive, images, policy),
+                }
+                seconds = interleaved_medians(calls, rounds, seconds_per_round=0.1)
+            yield {
+                "what": f"nothing leaves / plain, {backbone} at {size} pixels, {setting(threads, batch_size)}",
+                "value": seconds["adaptive"] / seconds["plain"],
+            }
+
+
+def peak_memory(folder: Path, adaptive: bool, answer: Any) -> None:
+    """Puts the most MiB that a batch takes at any time, besides weights and images. In a process of its own."""
+    model = ScanForImageClassification.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
+    size = model.config.image_size
+    images = torch.rand(64, 3, size, size).to(memory_format=torch.channels_last)
+    policy = ExitConfig(thresholds=[NOTHING_LEAVES] * (model.num_exits - 1))
+    call = partial(model.predict_adaptive, exit_config=policy) if adaptive else model.backbone
+    with torch.inference_mode():
+        call(images[:1])  # so that libraries have what they keep
+        before = memory("VmRSS")
+        call(images)
+    answer.put(memory("VmHWM") - before)
+
+
+def memory(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def extra_memory(folder: Path) -> dict[str, Any]:
+    """Medians of three processes each. Linux only."""
+    context = multiprocessing.get_context("spawn")
+    peaks: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for adaptive, values in peaks.items():
+            answer = context.SimpleQueue()
+            process = context.Process(target=peak_memory, args=(folder, adaptive, answer))
+            process.start()
+            values.append(answer.get())
+            process.join()
+    plain, adaptive_peak = (statistics.median(values) for values in peaks.values())
+    what = f"memory of predict_adaptive / plain, batch 64 ({adaptive_peak:.0f} / {plain:.0f} MiB)"
+    return {"what": what, "value": adaptive_peak / plain}
+
+
+def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
+    """The speed-up over the best plain variant and over `earlyon`, best variants against each other."""
+    for where in SETTINGS:
+        for drop in DROPS:
+            ours, plain = (best(entries, kind, where) for kind in (f"hf_scan, {drop} points", "plain"))
+            if ours is not None:
+                yield {"what": f"speed-up at {drop} points on the search split, {where}", "value": plain / ours}
+        ours, theirs = (best(entries, kind, where) for kind in ("hf_scan, as earlyon", "earlyon"))
+        if ours is not None:
+            yield {"what": f"time of earlyon / ours by the same rule, {where}", "value": theirs / ours}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    networks = Networks(arguments)
+    entries = [
+        *plain_contenders(networks, arguments.compile),
+        *adaptive_contenders(networks, arguments.compile),
+        *truncated_contenders(networks),
+        *other_contenders(networks),
+    ]
+    test = networks.splits["test"]
+    images = torch.stack([test[row]["pixel_values"] for row in range(min(len(test), 64 + 16 * max(BATCH_SIZES)))])
+    images = images.to(memory_format=torch.channels_last)
+    measure(entries, images, arguments.rounds)
+    figures = list(comparisons(entries))
+    if networks.model.exit_config.thresholds is not None:
+        figures += prediction(networks.model, images, arguments.rounds)
+    if sys.platform == "linux":
+        figures.append(extra_memory(arguments.model))
+    for backbone in tqdm(arguments.overhead, desc="nothing leaves"):
+        figures += overhead(backbone, arguments.rounds)
+
+    torch.set_num_threads(max(THREADS))
+    facts = {
+        "model": networks.model.config.backbone,
+        "dataset": networks.dataset,
+        "splits": {name: len(rows) for name, rows in networks.splits.items()},
+        "seed": networks.seed,
+        "images timed": {batch_size: len(images[: 64 + 16 * batch_size]) for batch_size in BATCH_SIZES},
+        "rounds": arguments.rounds,
+        "machine": describe_machine(),
+        "environment": TUNING,
+    }
+    known = [
+        {name: getattr(entry, name) for name in ("name", "kind", "accuracy", "parameters", "milliseconds")}
+        for entry in entries
+    ]
+    text = "\n".join(
+        [
+            *(f"- {name}: {value}" for name, value in facts.items()),
+            "",
+            table(entries),
+            "",
+            *(f"- {figure['what']}: {figure['value']:.3f}" for figure in figures),
+        ]
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    values = {**facts, "contenders": known, "figures": figures}
+    arguments.output.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    plot(entries, arguments.output.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart"), help="folder of a trained network")
+    parser.add_argument("--plain", type=Path, help="folder of the plain network; the deepest exit otherwise")
+    parser.add_argument("--smaller", type=Path, help="folder of a smaller plain network, for itself and a cascade")
+    parser.add_argument("--dataset_name", help="what the model was trained on; the quickstart's digits otherwise")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled variants out")
+    parser.add_argument("--overhead", nargs="*", default=[], help="backbones to measure without anything leaving")
+    parser.add_argument("--output", type=Path, default=Path("runs/adaptive"), help="files to write, without ending")
+    main(parser.parse_args())
