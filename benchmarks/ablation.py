@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace, further: list[str]) -> None:
     shared = [
         *(str(ROOT / "examples" / "recipes" / "cifar100_resnet20.yaml"), "--dataset_name", arguments.dataset_name),
         *("--max_train_samples", str(arguments.max_train_samples), "--num_train_epochs", str(arguments.epochs)),
-        *("--save_strategy", "no", "--disable_tqdm", "true", *further),
+        *("--distillation_preset", "paper", "--save_strategy", "no", "--disable_tqdm", "true", *further),
     ]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     with tqdm(total=len(VARIANTS) * len(arguments.seeds)) as progress:

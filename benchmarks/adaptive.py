@@ -88,7 +88,7 @@ class Contender:
         name (`str`): What it is called in the table.
         kind (`str`): What it is a variant of.
         accuracy (`float`): On the test split.
-        parameters (`int`): How many it has.
+        networks (`tuple[nn.Module, ...]`): What it is made of.
         answer (`Callable`): Takes a batch; with `stream`, all of them.
         milliseconds (`dict[str, float]`): For one image, by threads and batch size; measured later.
     """
@@ -96,10 +96,18 @@ class Contender:
     name: str
     kind: str
     accuracy: float
-    parameters: int
+    networks: tuple[nn.Module, ...]
     answer: Callable[[Any], Any]
     stream: bool = False
     milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for network in self.networks for parameter in network.parameters())
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for network in self.networks for value in network.state_dict().values())
 
     def over(self, batches: tuple[torch.Tensor, ...]) -> Callable[[], object]:
         """A call that answers all batches."""
@@ -186,10 +194,6 @@ def load_splits(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, int
     return prepared, facts["dataset"], facts["seed"]
 
 
-def parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def macs(network: nn.Module, size: int | None) -> float:
     assert size is not None  # the network filled it in
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -198,18 +202,24 @@ def macs(network: nn.Module, size: int | None) -> float:
 
 
 def plain_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
-    facts = ("plain", networks.accuracy(networks.plain_logits["test"]), parameters(networks.plain))
-    yield Contender("plain, channels_last", *facts, networks.plain)
+    accuracy = networks.accuracy(networks.plain_logits["test"])
+    yield from _static("plain", accuracy, networks.plain, compiles)
     contiguous = copy.deepcopy(networks.plain).to(memory_format=torch.contiguous_format)
-    yield Contender("plain, eager", *facts, lambda images: contiguous(images.contiguous()))
-    if compiles:
-        yield Contender("plain, compiled", *facts, torch.compile(copy.deepcopy(networks.plain)))
+    yield Contender(
+        "plain, channels first", "plain", accuracy, (contiguous,), lambda images: contiguous(images.contiguous())
+    )
 
 
-def adaptive_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
-    model, compiled = networks.model, copy.deepcopy(networks.model)
+def _static(name: str, accuracy: float, network: nn.Module, compiles: bool) -> Iterator[Contender]:
+    """A network that computes the same for all images, in channels_last, compiled and not."""
+    yield Contender(name, name, accuracy, (network,), network)
     if compiles:
-        compiled.compile_stages()
+        compiled = torch.compile(copy.deepcopy(network))
+        yield Contender(f"{name}, compiled", name, accuracy, (network,), compiled)
+
+
+def adaptive_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
+    model = networks.model
     points = {f"{drop} points": networks.operating_point(drop, "ensemble", "deepest") for drop in DROPS}
     if model.exit_config.thresholds is not None:
         points["its own"] = model.exit_config
@@ -218,13 +228,18 @@ def adaptive_contenders(networks: Networks, compiles: bool) -> Iterator[Contende
             print(f"No operating point loses at most {name} on the search split.", flush=True)
             continue
         print(f"{name}: thresholds {point.thresholds}, fallback {point.fallback}", flush=True)
-        facts = (f"hf_scan, {name}", networks.adaptive_accuracy(point), parameters(model))
-        yield Contender(f"hf_scan, {name}", *facts, partial(model.predict_adaptive, exit_config=point))
-        if compiles:
-            answer = partial(compiled.predict_adaptive, exit_config=point)
-            yield Contender(f"hf_scan, {name}, compiled", *facts, answer)
-        stream = partial(_drain, model, point)
-        yield Contender(f"hf_scan, {name}, refilled", *facts, stream, stream=True)
+        yield from _variants(f"hf_scan, {name}", networks, point, compiled)
+
+
+def _variants(
+    name: str, networks: Networks, point: ExitConfig, compiled: ScanForImageClassification | None
+) -> Iterator[Contender]:
+    """Batch by batch and in a stream, compiled and not."""
+    facts = (name, networks.adaptive_accuracy(point), (networks.model,))
+    for model, suffix in ((networks.model, ""), (compiled, ", compiled")):
+        if model is not None:
+            yield Contender(name + suffix, *facts, partial(model.predict_adaptive, exit_config=point))
+            yield Contender(f"{name}{suffix}, refilled", *facts, partial(_drain, model, point), stream=True)
 
 
 def _drain(model: ScanForImageClassification, point: ExitConfig, batches: tuple[torch.Tensor, ...]) -> None:
@@ -232,29 +247,25 @@ def _drain(model: ScanForImageClassification, point: ExitConfig, batches: tuple[
         pass
 
 
-def truncated_contenders(networks: Networks) -> Iterator[Contender]:
+def truncated_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
     for index, logits in enumerate(networks.exit_logits["test"][:-1]):
         small = networks.model.truncate(index)
-        name = f"truncated at exit {index}"
-        yield Contender(name, name, networks.accuracy(logits), parameters(small), small)
+        yield from _static(f"truncated at exit {index}", networks.accuracy(logits), small, compiles)
 
 
-def other_contenders(networks: Networks) -> Iterator[Contender]:
+def other_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
     """`earlyon`, and `hf_scan` by the rule that it can follow; a smaller network, alone and in a cascade."""
     model, plain, smaller = networks.model, networks.plain, networks.smaller
     point = networks.operating_point(0.5, "deepest")
     peer = None if point is None else earlyon(copy.deepcopy(model), point)
     if point is not None and peer is not None:
-        facts = (networks.adaptive_accuracy(point), parameters(model))
-        yield Contender("earlyon, 0.5 points", "earlyon", *facts, peer)
-        name = "hf_scan, as earlyon"
-        yield Contender(name, name, *facts, partial(model.predict_adaptive, exit_config=point))
+        accuracy = networks.adaptive_accuracy(point)
+        yield Contender("earlyon, 0.5 points", "earlyon", accuracy, (model,), peer)
+        yield from _variants("hf_scan, as earlyon", networks, point, compiled)
     if smaller is None:
         return
-    size = parameters(smaller)
-    yield Contender(
-        "smaller plain", "smaller plain", networks.accuracy(networks.smaller_logits["test"]), size, smaller
-    )
+    accuracy = networks.accuracy(networks.smaller_logits["test"])
+    yield from _static("smaller plain", accuracy, smaller, compiled is not None)
     found = cascade_threshold(
         networks.smaller_logits["search"],
         networks.plain_logits["search"],
@@ -266,8 +277,12 @@ def other_contenders(networks: Networks) -> Iterator[Contender]:
     if found is not None:
         leaves = networks.smaller_logits["test"].softmax(-1).amax(-1) > found
         logits = torch.where(leaves[:, None], networks.smaller_logits["test"], networks.plain_logits["test"])
-        facts = (networks.accuracy(logits), size + parameters(plain))
-        yield Contender("cascade, 0.5 points", "cascade", *facts, cascade(smaller, plain, found))
+        both = (smaller, plain)
+        facts = ("cascade", networks.accuracy(logits), both)
+        yield Contender("cascade, 0.5 points", *facts, cascade(*both, found))
+        if compiled is not None:
+            fast = [torch.compile(copy.deepcopy(network)) for network in both]
+            yield Contender("cascade, 0.5 points, compiled", *facts, cascade(*fast, found))
 
 
 def measure(entries: list[Contender], images: torch.Tensor, rounds: int) -> None:
@@ -300,7 +315,7 @@ def best(entries: list[Contender], kind: str, where: str) -> float | None:
 
 def table(entries: list[Contender]) -> str:
     """Milliseconds for one image, and the best plain variant's time over it."""
-    head = ["", "accuracy", "drop, points", "parameters", *SETTINGS]
+    head = ["", "accuracy", "drop, points", "parameters", "MB", *SETTINGS]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for entry in entries:
         times = [
@@ -308,7 +323,8 @@ def table(entries: list[Contender]) -> str:
             for where in SETTINGS
         ]
         drop = 100 * (entries[0].accuracy - entry.accuracy)
-        cells = [entry.name, f"{entry.accuracy:.2%}", f"{drop:+.2f}", f"{entry.parameters / 1e6:.2f} M", *times]
+        size = [f"{entry.parameters / 1e6:.2f} M", f"{entry.bytes / 1e6:.2f}"]
+        cells = [entry.name, f"{entry.accuracy:.2%}", f"{drop:+.2f}", *size, *times]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -456,11 +472,15 @@ def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
 
 def main(arguments: argparse.Namespace) -> None:
     networks = Networks(arguments)
+    compiled = None
+    if arguments.compile:
+        compiled = copy.deepcopy(networks.model)
+        compiled.compile_stages()
     entries = [
         *plain_contenders(networks, arguments.compile),
-        *adaptive_contenders(networks, arguments.compile),
-        *truncated_contenders(networks),
-        *other_contenders(networks),
+        *adaptive_contenders(networks, compiled),
+        *truncated_contenders(networks, arguments.compile),
+        *other_contenders(networks, compiled),
     ]
     test = networks.splits["test"]
     images = torch.stack([test[row]["pixel_values"] for row in range(min(len(test), 64 + 16 * max(BATCH_SIZES)))])
@@ -486,7 +506,7 @@ def main(arguments: argparse.Namespace) -> None:
         "environment": TUNING,
     }
     known = [
-        {name: getattr(entry, name) for name in ("name", "kind", "accuracy", "parameters", "milliseconds")}
+        {name: getattr(entry, name) for name in ("name", "kind", "accuracy", "parameters", "bytes", "milliseconds")}
         for entry in entries
     ]
     text = "\n".join(

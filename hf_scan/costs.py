@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from .adaptive import AdaptiveOutput, ExitConfig, check_eval_mode
+from .exit_criteria import confidence_of
 
 
 if TYPE_CHECKING:
@@ -262,8 +263,8 @@ def measure_costs(
     """
     Measures what each stage and each head costs on this machine, at the given batch size and at the powers of two
     below it, since a batch shrinks as images leave. The parts are timed on their way through the network, one after
-    another as they really run, because each finds the caches as the part before left them; the plain backbone is timed
-    in turns with them.
+    another as they really run, because each finds the caches as the part before left them; a head with the decision
+    that its answer is for; the plain backbone in turns with them.
 
     Args:
         model ([`ScanForImageClassification`]): In evaluation mode, in the memory format that it is used in.
@@ -348,7 +349,8 @@ def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> li
         start = timer()
         state = model.run_stage(index, state)
         middle = timer()
-        model.run_exit(index, state)
+        confidence = confidence_of(model.run_exit(index, state))
+        int((confidence > 0.5).sum())  # what it takes to decide who leaves
         seconds += [middle - start, timer() - middle]
     start = timer()
     plain(images)
