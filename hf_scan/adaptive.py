@@ -150,7 +150,7 @@ class ExitConfig:
                 f"The exit criterion {self.criterion!r} returned {found}; "
                 f"expected a tensor of {tuple(expected)} finite scores, one for each sample."
             )
-        return score
+        return score.float()  # a threshold is compared with float32
 
     def runs_head(self, exit_index: int, num_exits: int) -> bool:
         """Whether an exit's head can matter: not where it is switched off, nor where nothing can leave and no later
@@ -329,8 +329,8 @@ class AdaptiveInferenceMixin:
 
         Raises:
             `ValueError`: if the images are not what the network takes or hold NaN or infinite values, if there are no
-                thresholds or the wrong number of them, if `max_exit` or `max_time_ms` are out of range, or if the
-                model is in training mode.
+                thresholds or the wrong number of them, if `max_exit` or `max_time_ms` are out of range, if the model
+                is in training mode, or if what it answers is not finite.
             `RuntimeError`: (on an accelerator `torch.OutOfMemoryError`) if memory does not suffice for the batch. It
                 names a batch size that fits.
 
@@ -353,11 +353,15 @@ class AdaptiveInferenceMixin:
         plan = plan_exits(config, model.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        if len(pixel_values) == 1 and max_time_ms is None:
-            return _run_single(model, config, plan, pixel_values)
-        return within_memory(
-            lambda size: _run_stages(model, config, plan, pixel_values[:size], max_time_ms), len(pixel_values)
-        )
+        batch_size = len(pixel_values)
+
+        def run(size: int) -> AdaptiveOutput:
+            if batch_size == 1 and max_time_ms is None:
+                return _run_single(model, config, plan, pixel_values)
+            images = pixel_values if size == batch_size else pixel_values[:size]
+            return _run_stages(model, config, plan, images, max_time_ms)
+
+        return within_memory(run, batch_size)
 
 
 def _run_single(
@@ -379,7 +383,7 @@ def _run_single(
             if score.item() > limit:
                 exit_index = torch.full((1,), index, device=logits.device)
                 return AdaptiveOutput(logits, exit_index, _confidence(config, logits, index, score))
-    return AdaptiveOutput(*fall_back(config, seen, exits, model.num_exits))
+    return AdaptiveOutput(*_answered(fall_back(config, seen, exits, model.num_exits)))
 
 
 def _run_stages(
@@ -395,6 +399,8 @@ def _run_stages(
     group = Group(torch.arange(batch_size, device=pixel_values.device), (pixel_values,))
     for index in range(len(plan)):
         gone, rest = advance(model, config, plan, index, group)
+        if max_time_ms is not None and pixel_values.device.type != "cpu":
+            torch.accelerator.synchronize(pixel_values.device)  # or only the launches would be timed
         before, now = now, time.perf_counter()
         # The next stage is taken to need as long as this one did.
         if max_time_ms is not None and rest is not None and 1000 * (2 * now - before - started) > max_time_ms:
@@ -559,7 +565,19 @@ def give_up(exit_config: ExitConfig, group: Group, num_exits: int) -> tuple[list
     """Answers those that would go on with the fallback, unless no head has run for them yet."""
     if not group.seen:
         return [], group
-    return [(group.rows, *fall_back(exit_config, group.seen, group.exits, num_exits))], None
+    return [(group.rows, *_answered(fall_back(exit_config, group.seen, group.exits, num_exits)))], None
+
+
+def _answered(
+    answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits that are not finite leave at no exit, so that it is enough to look for them here."""
+    if not answer[2].isfinite().all():
+        raise ValueError(
+            "The network gives logits that are not finite, though the images are. Check its weights; in float16, try "
+            "bfloat16 or float32."
+        )
+    return answer
 
 
 def _confidence(exit_config: ExitConfig, logits: torch.Tensor, index: int, score: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
             batches (`Iterable` or `Dataset`):
                 Batches of images, `(n, num_channels, height, width)` or dictionaries with such `pixel_values`, of any
                 n, such as a `DataLoader` gives; or a dataset whose rows have `pixel_values`, which several processes
-                share. All images have the same size.
+                share. (Of batches, each process answers those that it is given.) All images have the same size.
             batch_size (`int`, *optional*, defaults to 64): Samples with which a stage is run.
             exit_config ([`ExitConfig`], *optional*): Defaults to `model.exit_config`.
             ordered (`bool`, *optional*, defaults to `False`): Whether answers come in the order of the images rather
@@ -93,7 +93,8 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
                 )
 
         arrived: deque[int] = deque()  # which samples came, in their order
-        answers = _flow(model, _numbered(batches, batch_size), batch_size, len(plan), run, arrived.extend)
+        note = arrived.extend if ordered else None
+        answers = _flow(model, _numbered(batches, batch_size), batch_size, len(plan), run, note)
         return _in_order(answers, arrived) if ordered else answers
 
 
@@ -103,9 +104,9 @@ def _flow(
     batch_size: int,
     num_stages: int,
     run: Callable[[int, Group], tuple[list[Answers], Group | None]],
-    note: Callable[[list[int]], None],
+    note: Callable[[list[int]], None] | None,
 ) -> Iterator[AdaptiveOutput]:
-    """Answers as they are ready. Of each batch that comes in, the positions are noted."""
+    """Answers as they are ready. Of each batch that comes in, the positions are noted by whoever wants them."""
     queues = [_Queue(model, index, batch_size) for index in range(num_stages)]
 
     def run_stage(index: int) -> Iterator[AdaptiveOutput]:
@@ -125,6 +126,8 @@ def _flow(
     while True:
         try:
             rows, images = next(source)
+            if len(images) == 0:
+                continue
             shape = shape or images.shape[1:]
             if images.shape[1:] != shape:
                 raise ValueError(
@@ -137,7 +140,8 @@ def _flow(
         except Exception as raised:  # whatever the stream's own code says; first, what came before it
             error = raised
             break
-        note(rows.tolist())
+        if note is not None:
+            note(rows.tolist())
         queues[0].put(Group(rows.to(model.device), (images.to(model.device),)))
         yield from run_full_batches()
     for index in range(num_stages):

@@ -3,6 +3,7 @@
 exits are worth in these terms."""
 
 import copy
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -126,15 +127,16 @@ class MeasuredCosts:
         that many is interpolated between the sizes measured.
 
         Args:
-            shares (`Sequence[float]`): Share of the images that each exit answers, and at last the ensemble.
+            shares (`Sequence[float]`): Share of the images that leave at each exit, and at last of those that leave
+                at none, whatever answers them.
             exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
             batch_size (`int`, *optional*): One of those measured. Defaults to the largest.
             refilled (`bool`, *optional*, defaults to `False`): Whether stages run full batches to the end, as in
                 `predict_adaptive_stream`, rather than what is left of one, as in `predict_adaptive`.
 
         Raises:
-            `ValueError`: if the batch size was not measured, or `shares` does not hold one share for each exit and one
-                for the ensemble.
+            `ValueError`: if the batch size was not measured, or `shares` does not hold one share more than there are
+                exits.
         """
         size = batch_size or self.batch_size
         self._measured(size)
@@ -142,7 +144,7 @@ class MeasuredCosts:
         if len(shares) != num_exits + 1 or not abs(sum(shares) - 1) < 1e-3:
             raise ValueError(
                 f"`shares` is {list(shares)}; expected {num_exits + 1} shares of the images that add up to 1: one for "
-                "each exit, and the ensemble's."
+                "each exit, and one for those that leave at none."
             )
         sizes = [0, *sorted(self.milliseconds)]
         total = 0.0
@@ -272,7 +274,7 @@ def measure_costs(
         dtype (`torch.dtype`, *optional*): Numbers to compute with. Defaults to the model's.
         threads (`int`, *optional*): Threads to compute with, on a CPU. Defaults to PyTorch's current number.
         device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
-            device, or with another `dtype`, a copy is measured.
+            device, or with another `dtype`, a copy is measured, whose stages are not compiled.
         rounds (`int`, *optional*, defaults to 7): Times that each batch size is measured, for at least 50
             milliseconds each.
 
@@ -300,7 +302,8 @@ def measure_costs(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
     device = torch.device(device or model.device)
-    if device != model.device or dtype not in (None, model.dtype):
+    elsewhere = device.type != model.device.type or device.index not in (None, model.device.index)
+    if elsewhere or dtype not in (None, model.dtype):
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
     sizes = sorted({batch_size, *(2**power for power in range(batch_size.bit_length()))})
     times: dict[int, list[list[float]]] = {size: [] for size in sizes}  # each part's and the backbone's, in seconds
@@ -310,7 +313,7 @@ def measure_costs(
         repeats = {}
         for size, images in batches.items():
             _time_parts(model, images)  # warms up
-            repeats[size] = max(1, round(0.05 / sum(_time_parts(model, images))))
+            repeats[size] = math.ceil(0.05 / sum(_time_parts(model, images)))
         with logging.tqdm(total=rounds * len(sizes), desc="Measuring the exits' costs", leave=False) as bar:
             for _ in range(rounds):
                 for size, images in batches.items():
@@ -342,7 +345,6 @@ def measure_costs(
 
 def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
     """Seconds of each stage and its head, in their order, and of the plain network."""
-    plain = model if model.config.truncated else model.backbone
     state: tuple[Any, ...] = (images,)
     seconds = []
     for index in range(model.num_exits):
@@ -353,8 +355,13 @@ def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> li
         int((confidence > 0.5).sum())  # what it takes to decide who leaves
         seconds += [middle - start, timer() - middle]
     start = timer()
-    plain(images)
+    _plain(model)(images)
     return [*seconds, timer() - start]
+
+
+def _plain(model: "ScanForImageClassification") -> Callable[[torch.Tensor], object]:
+    """The network without early exits. Of a truncated one, nothing else is left than itself."""
+    return model if model.config.truncated else model.backbone
 
 
 def predicted_speedup(
@@ -370,7 +377,7 @@ def predicted_speedup(
 
     Args:
         costs ([`MeasuredCosts`]): From [`measure_costs`].
-        shares (`Sequence[float]`): Share of the images that each exit answers, and at last the ensemble.
+        shares (`Sequence[float]`): Share of the images that leave at each exit, and at last of those at none.
         exit_config, batch_size, refilled: as there.
     """
     size = batch_size or costs.batch_size
@@ -388,7 +395,7 @@ class RealisedSpeedup:
         refilled (`bool`): Whether by `predict_adaptive_stream`.
         plain (`float`): Milliseconds for one image, of the backbone without early exits.
         adaptive (`float`): The same, of adaptive inference with the model's own exit configuration.
-        shares (`list[float]`): Share of the images that each exit answered, and at last the ensemble.
+        shares (`list[float]`): Share of the images that left at each exit, and at last of those that left at none.
     """
 
     batch_size: int
@@ -428,7 +435,7 @@ def realised_speedup(
         [`RealisedSpeedup`]
     """
     batches = images.split(batch_size)
-    network = plain or model.backbone
+    network = plain or _plain(model)
 
     def answers() -> list[AdaptiveOutput]:
         if refilled:
@@ -441,7 +448,9 @@ def realised_speedup(
                 network(batch)
 
     seconds = interleaved_medians({"plain": run_plain, "adaptive": answers}, rounds=rounds, seconds_per_round=0.0)
-    exits = torch.cat([answer.exit_index for answer in answers()])
+    # What answers with the most confident of all exits has left at none of them.
+    leaving = model.exit_config.update(fallback="ensemble")
+    exits = torch.cat([model.predict_adaptive(batch, leaving).exit_index for batch in batches])
     return RealisedSpeedup(
         batch_size=batch_size,
         refilled=refilled,
@@ -473,7 +482,7 @@ def interleaved_medians(
     repeats = {}
     for name, call in calls.items():
         seconds(call, 2)  # warms up
-        repeats[name] = max(1, round(seconds_per_round / seconds(call, 2)))
+        repeats[name] = max(1, math.ceil(seconds_per_round / seconds(call, 2)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

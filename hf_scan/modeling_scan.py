@@ -419,7 +419,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             )
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
-        # One pass, and one number to wait for: the sum of finite pixels is finite.
+        # One pass, and one number to wait for. (It also takes sums beyond float32 for infinite; no image has them.)
         if values and not math.isfinite(pixel_values.sum(dtype=torch.float32).item()):
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
 
@@ -579,14 +579,15 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             exit_config = ExitConfig.from_pretrained(
                 pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
             )
-            if exit_config.thresholds is not None and any(
-                info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys")
-            ):
+            other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
+            if other and exit_config.costs is not None:
+                exit_config = exit_config.update(costs=None)
+            if other and exit_config.thresholds is not None:
                 logger.warning(
                     "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
                     "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
-                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None, costs=None)
+                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config

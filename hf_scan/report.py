@@ -39,7 +39,7 @@ def exit_report(
     milliseconds = {
         str(measured.batch_size): costs.cumulative(model.exit_config if adaptive else None, measured.batch_size)
         for measured in columns
-        if costs is not None
+        if costs is not None and measured.batch_size in costs.milliseconds
     }
 
     rows: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def exit_report(
         for measured in speedups:
             size, refilled = measured.batch_size, measured.refilled
             batch = f"batch {size}, refilled" if refilled else f"batch {size}"
-            if costs is not None:
+            if costs is not None and size in costs.milliseconds:
                 predicted = predicted_speedup(costs, measured.shares, model.exit_config, size, refilled)
                 speedup[f"predicted from milliseconds, {batch}"] = predicted
             speedup[f"realised, {batch}"] = measured.speedup

@@ -347,6 +347,30 @@ def test_limits_out_of_range(model, images, limit):
         model.predict_adaptive(images, thresholds=[0.5, 0.5], **limit)
 
 
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_network_whose_answers_are_not_finite(images, fallback, batch_size):
+    """Such logits leave at no exit, whatever the thresholds."""
+    model = random_scan_model()
+    with torch.no_grad():
+        for head in (*(head.classifier.fc for head in model.exit_heads), model.backbone.get_classifier()):
+            head.bias[0] = math.nan
+    policy = {"thresholds": [0.0, 0.0, 0.0], "fallback": fallback}
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        model.predict_adaptive(images[:batch_size], **policy)
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        list(model.predict_adaptive_stream([images], batch_size=batch_size, **policy))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scores_of_any_type_are_compared_alike(model, images, dtype):
+    """0.3 is not a number of any of these types, and rounded up in one of them."""
+    policy = {"thresholds": [0.3, None, None], "criterion": lambda seen: torch.full((len(seen[0]),), 0.3, dtype=dtype)}
+    together = model.predict_adaptive(images, **policy)
+    alone = [model.predict_adaptive(image, **policy) for image in images.split(1)]
+    assert torch.equal(together.exit_index, torch.cat([answer.exit_index for answer in alone]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
 def test_a_batch_that_memory_does_not_suffice_for():
     """The size that the error names is tried in that process."""

@@ -1,4 +1,4 @@
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 import torch
@@ -173,3 +173,23 @@ def test_two_processes_share_a_dataset(tmp_path):
     )
     assert torch.equal(both["exit_index"][order], expected.exit_index)
     torch.testing.assert_close(both["logits"][order], expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_batches_are_passed_over(model, images):
+    batches = [images[:0], images[:3], images[:0], images[3:5]]
+    answers = gathered(model.predict_adaptive_stream(batches, batch_size=4, thresholds=LIMITS))
+    assert answers["ids"].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_only_who_wants_the_order_keeps_it(model, images, monkeypatch, ordered):
+    kept = []
+
+    class Arrived(deque):
+        def extend(self, rows):
+            kept.extend(rows)
+            super().extend(rows)
+
+    monkeypatch.setattr("hf_scan.adaptive_stream.deque", Arrived)
+    list(model.predict_adaptive_stream([images], batch_size=4, ordered=ordered, thresholds=LIMITS))
+    assert len(kept) == (len(images) if ordered else 0)

@@ -123,8 +123,11 @@ def test_costs_are_saved_with_the_model(tmp_path):
     loaded = ScanForImageClassification.from_pretrained(tmp_path)
     assert MeasuredCosts.from_dict(loaded.exit_config.costs) == costs
     # They are those of other exits once there are others.
-    with_fewer = ScanForImageClassification.from_pretrained(tmp_path, exit_points=["layer1"])
-    assert with_fewer.exit_config.costs is None
+    for exit_config in (model.exit_config, ExitConfig(costs=costs.to_dict())):
+        model.exit_config = exit_config
+        model.save_pretrained(tmp_path)
+        with_fewer = ScanForImageClassification.from_pretrained(tmp_path, exit_points=["layer1"])
+        assert with_fewer.exit_config.costs is None
 
 
 def test_measuring_elsewhere_leaves_the_model_alone():
@@ -139,9 +142,11 @@ def test_measuring_elsewhere_leaves_the_model_alone():
     assert all(value.dtype == before[name].dtype for name, value in model.state_dict().items())
 
 
-def test_a_truncated_network_has_costs_too():
-    costs = measure_costs(random_scan_model().truncate(exit=0), batch_size=2, rounds=1)
+def test_a_truncated_network_has_costs_too(images):
+    small = random_scan_model().truncate(exit=0)
+    costs = measure_costs(small, batch_size=2, rounds=1)
     assert len(costs.milliseconds[2].stages) == len(costs.milliseconds[2].heads) == 1
+    assert realised_speedup(small, images, batch_size=8, rounds=1).shares == [0.0, 1.0]
 
 
 def by_hand(milliseconds, plain):
@@ -221,3 +226,11 @@ def test_realised_speedup_is_of_what_it_says(images, monkeypatch, refilled):
     assert measured.plain == pytest.approx(4000 / 24)
     assert measured.speedup == pytest.approx(2.0)
     assert measured.shares == pytest.approx((torch.bincount(answers, minlength=4) / 24).tolist())
+
+
+def test_shares_say_where_images_leave_and_not_who_answers(images):
+    """Nothing leaves, and the most confident exit, often an early one, answers at the end."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[1.0, 1.0, 1.0], fallback="most_confident")
+    assert (model.predict_adaptive(images).exit_index < 2).any()
+    assert realised_speedup(model, images, batch_size=8, rounds=1).shares == [0.0, 0.0, 0.0, 1.0]

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -584,6 +585,20 @@ def test_compiled_stages_take_batches_of_any_size(images):
             torch.testing.assert_close(found.logits, plain.logits)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other.predict_adaptive(images, **policy).logits, plain_logits(expected, images))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler for CPUs needs a C++ compiler")
+@pytest.mark.parametrize("freezing", [False, True])
+def test_stages_are_really_compiled(images, freezing):
+    """By PyTorch's own compiler, with weights laid out beforehand and without."""
+    model, expected = (random_scan_model(exit_points=["layer1"]) for _ in range(2))
+    model.compile_stages()
+    policy = {"thresholds": [0.6, 0.6]}
+    with torch._inductor.config.patch(freezing=freezing):
+        for size in (24, 1):
+            found, plain = (network.predict_adaptive(images[:size], **policy) for network in (model, expected))
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
 
 
 def plain_logits(model, images):

@@ -27,10 +27,11 @@ SPEEDUPS = [
     RealisedSpeedup(8, refilled=refilled, plain=4.0, adaptive=2.5, shares=[0.5, 0.0, 0.0, 0.5])
     for refilled in (False, True)
 ]
-# For a batch of 8; in proportion to the images.
+# For a batch of 8, and for one image, as slow as half of it.
 MILLISECONDS = ExitCosts(stages=[6.0, 8.0, 16.0], heads=[2.0, 8.0, 2.0])
+ALONE = ExitCosts(stages=[3.0, 4.0, 8.0], heads=[1.0, 4.0, 1.0])
 ZERO = ExitCosts(stages=[0, 0, 0], heads=[0, 0, 0])
-COSTS = MeasuredCosts(ZERO, ZERO, {8: MILLISECONDS}, {8: ZERO}, {8: 32.0}, dtype="", threads=1, machine="")
+COSTS = MeasuredCosts(ZERO, ZERO, {1: ALONE, 8: MILLISECONDS}, {8: ZERO}, {8: 32.0}, dtype="", threads=1, machine="")
 FACTS = {"dataset": "letters", "splits": {"train": 10, "search": 4, "test": 6}}
 
 
@@ -64,7 +65,9 @@ def test_report_holds_every_figure_once():
     assert report["speedup"] == {
         "predicted from MACs": pytest.approx(1.6),
         # Exit 1 is switched off: (6 + 2) / 8 ms for all, (8 + 16 + 2) / 8 ms for half of them.
-        "predicted from milliseconds, batch 8": pytest.approx(4 / (1 + 0.5 * 3.25)),
+        # In a batch that shrinks, the other stages take 13 ms for one of its images and 13/7 for each further one. Of
+        # eight, four are expected to be left, and with a chance of 1 to 255 none.
+        "predicted from milliseconds, batch 8": pytest.approx(4 / (1 + (13 * 10 / 7 - 13 * 6 / 7 / 2**8) / 8)),
         "realised, batch 8": pytest.approx(1.6),
         "predicted from milliseconds, batch 8, refilled": pytest.approx(4 / (1 + 0.5 * 3.25)),
         "realised, batch 8, refilled": pytest.approx(1.6),
@@ -105,3 +108,10 @@ def test_card_without_thresholds_times_or_recipe(tmp_path):
     text = str(create_model_card(model, exit_report(model, scores), FACTS, "org/scan-letters"))
     for heading in ("## Thresholds", "## Recipe", "milliseconds", "speed-up", "seed"):
         assert heading not in text
+
+
+def test_a_batch_size_without_costs_has_no_prediction():
+    other = RealisedSpeedup(3, refilled=False, plain=4.0, adaptive=2.5, shares=[0.5, 0.0, 0.0, 0.5])
+    report = exit_report(calibrated(), SCORES, [other])
+    assert set(report["speedup"]) == {"predicted from MACs", "realised, batch 3"}
+    assert "4.000" in exit_table(report)
