@@ -15,6 +15,7 @@ images, each contender in turns, medians over rounds. Writes a table, a plot and
 
 import argparse
 import copy
+import ctypes
 import json
 import math
 import multiprocessing
@@ -70,6 +71,7 @@ from hf_scan import (
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.costs import describe_machine, interleaved_medians
 from hf_scan.data import eval_transform
+from hf_scan.exit_criteria import confidence_of
 
 
 BATCH_SIZES = (1, 8, 64)
@@ -87,7 +89,8 @@ class Contender:
     Args:
         name (`str`): What it is called in the table.
         kind (`str`): What it is a variant of.
-        accuracy (`float`): On the test split.
+        right (`dict[int, torch.Tensor]`): By batch size, whether its answer to each image of the test split is right,
+            computed from logits.
         networks (`tuple[nn.Module, ...]`): What it is made of.
         answer (`Callable`): Takes a batch; with `stream`, all of them.
         milliseconds (`dict[str, float]`): For one image, by threads and batch size; measured later.
@@ -95,11 +98,15 @@ class Contender:
 
     name: str
     kind: str
-    accuracy: float
+    right: dict[int, torch.Tensor]
     networks: tuple[nn.Module, ...]
     answer: Callable[[Any], Any]
     stream: bool = False
     milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right[1].float().mean())
 
     @property
     def parameters(self) -> int:
@@ -109,18 +116,20 @@ class Contender:
     def bytes(self) -> int:
         return sum(value.nbytes for network in self.networks for value in network.state_dict().values())
 
-    def over(self, batches: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-        """A call that answers all batches."""
+    @torch.inference_mode()
+    def answers(self, batches: tuple[torch.Tensor, ...]) -> list[Any]:
+        return self.answer(batches) if self.stream else [self.answer(batch) for batch in batches]
 
-        def run() -> None:
-            with torch.inference_mode():
-                if self.stream:
-                    self.answer(batches)
-                else:
-                    for batch in batches:
-                        self.answer(batch)
-
-        return run
+    def check(self, batches: tuple[torch.Tensor, ...], labels: torch.Tensor) -> None:
+        """That it really answers what its accuracy was computed from, but for what rounding turns."""
+        outputs = self.answers(batches)
+        logits = torch.cat([output if isinstance(output, torch.Tensor) else output.logits for output in outputs])
+        if self.stream:
+            logits = logits[torch.cat([output.ids for output in outputs]).argsort()]
+        right = logits.argmax(-1) == labels[: len(logits)]
+        agreement = float((right == self.right[len(batches[0])][: len(logits)]).float().mean())
+        if agreement < 0.98:
+            raise RuntimeError(f"{self.name} answers only {agreement:.1%} of the images as its accuracy says.")
 
 
 class Networks:
@@ -140,6 +149,9 @@ class Networks:
         if arguments.plain is not None:
             self.plain, self.plain_logits = self.load(arguments.plain)
         self.smaller, self.smaller_logits = (None, {}) if arguments.smaller is None else self.load(arguments.smaller)
+        self.points = {f"{drop} points": self.operating_point(drop, "ensemble", "deepest") for drop in DROPS}
+        if self.model.exit_config.thresholds is not None:
+            self.points["its own"] = self.model.exit_config
 
     def load(self, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         network = TimmWrapperForImageClassification.from_pretrained(folder).timm_model.eval()
@@ -151,16 +163,28 @@ class Networks:
                 logits[name] = torch.cat([network(batch["pixel_values"]) for batch in tqdm(loader, leave=False)])
         return network, logits
 
-    def accuracy(self, logits: torch.Tensor, split: str = "test") -> float:
-        return float((logits.argmax(-1) == self.labels[split]).float().mean())
+    def right(self, logits: torch.Tensor) -> dict[int, torch.Tensor]:
+        """For answers to the test split that do not depend on the batch."""
+        return dict.fromkeys(BATCH_SIZES, logits.argmax(-1) == self.labels["test"])
+
+    def right_as_earlyon(self, exit_config: ExitConfig) -> dict[int, torch.Tensor]:
+        """For its rule, by which a batch leaves where all of it is sure enough."""
+        right = {}
+        for batch_size in BATCH_SIZES:
+            answers = []
+            for batch in zip(*(logits.split(batch_size) for logits in self.exit_logits["test"])):
+                sure = [
+                    threshold is not None and threshold < 1 and bool((confidence_of(logits) >= threshold).all())
+                    for logits, threshold in zip(batch, exit_config.resolve(len(batch))[:-1])
+                ]
+                answers.append(batch[sure.index(True) if any(sure) else -1])
+            right[batch_size] = torch.cat(answers).argmax(-1) == self.labels["test"]
+        return right
 
     @property
     def baseline(self) -> float:
         """The plain network's accuracy on the search split."""
-        return self.accuracy(self.plain_logits["search"], "search")
-
-    def adaptive_accuracy(self, exit_config: ExitConfig) -> float:
-        return self.accuracy(apply_exit_rule(self.exit_logits["test"], exit_config).logits)
+        return float((self.plain_logits["search"].argmax(-1) == self.labels["search"]).float().mean())
 
     def operating_point(self, drop: float, *fallbacks: str) -> ExitConfig | None:
         """The cheapest, of those that the search finds for several weights of accuracy, whose accuracy on the search
@@ -202,70 +226,63 @@ def macs(network: nn.Module, size: int | None) -> float:
 
 
 def plain_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
-    accuracy = networks.accuracy(networks.plain_logits["test"])
-    yield from _static("plain", accuracy, networks.plain, compiles)
+    right = networks.right(networks.plain_logits["test"])
+    yield from _static("plain", right, networks.plain, compiles)
     contiguous = copy.deepcopy(networks.plain).to(memory_format=torch.contiguous_format)
-    yield Contender(
-        "plain, channels first", "plain", accuracy, (contiguous,), lambda images: contiguous(images.contiguous())
-    )
+    answer = lambda images: contiguous(images.contiguous())  # noqa: E731
+    yield Contender("plain, channels first", "plain", right, (contiguous,), answer)
 
 
-def _static(name: str, accuracy: float, network: nn.Module, compiles: bool) -> Iterator[Contender]:
+def _static(name: str, right: dict[int, torch.Tensor], network: nn.Module, compiles: bool) -> Iterator[Contender]:
     """A network that computes the same for all images, in channels_last, compiled and not."""
-    yield Contender(name, name, accuracy, (network,), network)
+    yield Contender(name, name, right, (network,), network)
     if compiles:
         compiled = torch.compile(copy.deepcopy(network))
-        yield Contender(f"{name}, compiled", name, accuracy, (network,), compiled)
+        yield Contender(f"{name}, compiled", name, right, (network,), compiled)
 
 
 def adaptive_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
-    model = networks.model
-    points = {f"{drop} points": networks.operating_point(drop, "ensemble", "deepest") for drop in DROPS}
-    if model.exit_config.thresholds is not None:
-        points["its own"] = model.exit_config
-    for name, point in points.items():
-        if point is None:
-            print(f"No operating point loses at most {name} on the search split.", flush=True)
-            continue
-        print(f"{name}: thresholds {point.thresholds}, fallback {point.fallback}", flush=True)
-        yield from _variants(f"hf_scan, {name}", networks, point, compiled)
+    for name, point in networks.points.items():
+        if point is not None:
+            yield from _variants(f"hf_scan, {name}", networks, point, compiled)
 
 
 def _variants(
     name: str, networks: Networks, point: ExitConfig, compiled: ScanForImageClassification | None
 ) -> Iterator[Contender]:
     """Batch by batch and in a stream, compiled and not."""
-    facts = (name, networks.adaptive_accuracy(point), (networks.model,))
+    right = networks.right(apply_exit_rule(networks.exit_logits["test"], point).logits)
+    facts = (name, right, (networks.model,))
     for model, suffix in ((networks.model, ""), (compiled, ", compiled")):
         if model is not None:
             yield Contender(name + suffix, *facts, partial(model.predict_adaptive, exit_config=point))
-            yield Contender(f"{name}{suffix}, refilled", *facts, partial(_drain, model, point), stream=True)
+            yield Contender(f"{name}{suffix}, refilled", *facts, partial(_stream, model, point), stream=True)
 
 
-def _drain(model: ScanForImageClassification, point: ExitConfig, batches: tuple[torch.Tensor, ...]) -> None:
-    for _ in model.predict_adaptive_stream(batches, batch_size=len(batches[0]), exit_config=point):
-        pass
+def _stream(model: ScanForImageClassification, point: ExitConfig, batches: tuple[torch.Tensor, ...]) -> list[Any]:
+    return list(model.predict_adaptive_stream(batches, batch_size=len(batches[0]), exit_config=point))
 
 
 def truncated_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
     for index, logits in enumerate(networks.exit_logits["test"][:-1]):
         small = networks.model.truncate(index)
-        yield from _static(f"truncated at exit {index}", networks.accuracy(logits), small, compiles)
+        yield from _static(f"truncated at exit {index}", networks.right(logits), small, compiles)
 
 
 def other_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
     """`earlyon`, and `hf_scan` by the rule that it can follow; a smaller network, alone and in a cascade."""
     model, plain, smaller = networks.model, networks.plain, networks.smaller
     point = networks.operating_point(0.5, "deepest")
-    peer = None if point is None else earlyon(copy.deepcopy(model), point)
+    # Modules of its own, for its hooks, and the same tensors: where they lie in memory is worth some percent.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    peer = None if point is None else earlyon(copy.deepcopy(model, memo=shared), point)
     if point is not None and peer is not None:
-        accuracy = networks.adaptive_accuracy(point)
-        yield Contender("earlyon, 0.5 points", "earlyon", accuracy, (model,), peer)
+        yield Contender("earlyon, 0.5 points", "earlyon", networks.right_as_earlyon(point), (model,), peer)
         yield from _variants("hf_scan, as earlyon", networks, point, compiled)
     if smaller is None:
         return
-    accuracy = networks.accuracy(networks.smaller_logits["test"])
-    yield from _static("smaller plain", accuracy, smaller, compiled is not None)
+    right = networks.right(networks.smaller_logits["test"])
+    yield from _static("smaller plain", right, smaller, compiled is not None)
     found = cascade_threshold(
         networks.smaller_logits["search"],
         networks.plain_logits["search"],
@@ -278,27 +295,33 @@ def other_contenders(networks: Networks, compiled: ScanForImageClassification | 
         leaves = networks.smaller_logits["test"].softmax(-1).amax(-1) > found
         logits = torch.where(leaves[:, None], networks.smaller_logits["test"], networks.plain_logits["test"])
         both = (smaller, plain)
-        facts = ("cascade", networks.accuracy(logits), both)
+        facts = ("cascade", networks.right(logits), both)
         yield Contender("cascade, 0.5 points", *facts, cascade(*both, found))
         if compiled is not None:
             fast = [torch.compile(copy.deepcopy(network)) for network in both]
             yield Contender("cascade, 0.5 points, compiled", *facts, cascade(*fast, found))
 
 
-def measure(entries: list[Contender], images: torch.Tensor, rounds: int) -> None:
+def timed(images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The images that are timed in batches of a size; a single one takes longer."""
+    return images[: 192 + 8 * batch_size]
+
+
+def measure(entries: list[Contender], images: torch.Tensor, labels: torch.Tensor, rounds: int) -> None:
     """Fills in everyone's times, all in turns."""
     for threads in THREADS:
         torch.set_num_threads(threads)
-        torch.compiler.reset()  # compiled code is for a number of threads
         for batch_size in BATCH_SIZES:
-            # Single images take longer each.
-            batches = images[: 64 + 16 * batch_size].split(batch_size)
-            count = sum(len(batch) for batch in batches)
-            print(f"{threads} threads, batches of {batch_size}, {count} images", flush=True)
-            calls = {entry.name: entry.over(batches) for entry in entries}
+            torch.compiler.reset()  # compiled code is for a number of threads, and at best for a batch size
+            chosen = timed(images, batch_size)
+            print(f"{threads} threads, batches of {batch_size}, {len(chosen)} images", flush=True)
+            batches = chosen.split(batch_size)
+            for entry in entries:
+                entry.check(batches, labels)
+            calls = {entry.name: partial(entry.answers, batches) for entry in entries}
             for name, seconds in interleaved_medians(calls, rounds, seconds_per_round=0.0).items():
                 entry = next(entry for entry in entries if entry.name == name)
-                entry.milliseconds[setting(threads, batch_size)] = 1000 * seconds / count
+                entry.milliseconds[setting(threads, batch_size)] = 1000 * seconds / len(chosen)
 
 
 def setting(threads: int, batch_size: int) -> str:
@@ -308,9 +331,14 @@ def setting(threads: int, batch_size: int) -> str:
 SETTINGS = [setting(threads, batch_size) for threads in THREADS for batch_size in BATCH_SIZES]
 
 
-def best(entries: list[Contender], kind: str, where: str) -> float | None:
-    """The least time of the variants of something."""
-    return min((entry.milliseconds[where] for entry in entries if entry.kind == kind), default=None)
+def best(entries: list[Contender], kind: str, where: str, eager: bool = False) -> float | None:
+    """The least time of the variants of something; of those that are not compiled, if so asked."""
+    times = [
+        entry.milliseconds[where]
+        for entry in entries
+        if entry.kind == kind and not (eager and "compiled" in entry.name)
+    ]
+    return min(times, default=None)
 
 
 def table(entries: list[Contender]) -> str:
@@ -358,7 +386,7 @@ def prediction(model: ScanForImageClassification, images: torch.Tensor, rounds: 
         torch.set_num_threads(threads)
         costs = measure_costs(model, batch_size=max(BATCH_SIZES), rounds=rounds)
         for batch_size in BATCH_SIZES:
-            chosen = images[: 64 + 16 * batch_size]
+            chosen = timed(images, batch_size)
             for refilled in (False, True) if batch_size > 1 else (False,):
                 found = realised_speedup(model, chosen, batch_size, refilled=refilled, rounds=rounds)
                 expected = predicted_speedup(costs, found.shares, model.exit_config, batch_size, refilled)
@@ -423,15 +451,24 @@ def overhead(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def peak_memory(folder: Path, adaptive: bool, answer: Any) -> None:
-    """Puts the most MiB that a batch takes at any time, besides weights and images. In a process of its own."""
+def peak_memory(folder: Path, leaving: float | None, answer: Any) -> None:
+    """
+    Puts the most MiB that a batch takes at any time, besides weights and images: of the plain network, or of
+    `predict_adaptive` when a share of the batch leaves at each exit. In a process of its own.
+    """
     model = ScanForImageClassification.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
     size = model.config.image_size
     images = torch.rand(64, 3, size, size).to(memory_format=torch.channels_last)
-    policy = ExitConfig(thresholds=[NOTHING_LEAVES] * (model.num_exits - 1))
-    call = partial(model.predict_adaptive, exit_config=policy) if adaptive else model.backbone
+    call: Callable[[torch.Tensor], Any] = model.backbone
+    if leaving is not None:
+        with torch.inference_mode():
+            scores = [confidence_of(logits) for logits in model(images).exit_logits[:-1]]
+        thresholds = [float(score.quantile(1 - leaving)) if leaving else NOTHING_LEAVES for score in scores]
+        call = partial(model.predict_adaptive, thresholds=thresholds)
     with torch.inference_mode():
         call(images[:1])  # so that libraries have what they keep
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         before = memory("VmRSS")
         call(images)
     answer.put(memory("VmHWM") - before)
@@ -442,20 +479,20 @@ def memory(name: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def extra_memory(folder: Path) -> dict[str, Any]:
+def extra_memory(folder: Path) -> Iterator[dict[str, Any]]:
     """Medians of three processes each. Linux only."""
     context = multiprocessing.get_context("spawn")
-    peaks: dict[bool, list[float]] = {False: [], True: []}
+    peaks: dict[float | None, list[float]] = {None: [], 0.0: [], 0.5: []}
     for _ in range(3):
-        for adaptive, values in peaks.items():
+        for leaving, values in peaks.items():
             answer = context.SimpleQueue()
-            process = context.Process(target=peak_memory, args=(folder, adaptive, answer))
+            process = context.Process(target=peak_memory, args=(folder, leaving, answer))
             process.start()
             values.append(answer.get())
             process.join()
-    plain, adaptive_peak = (statistics.median(values) for values in peaks.values())
-    what = f"memory of predict_adaptive / plain, batch 64 ({adaptive_peak:.0f} / {plain:.0f} MiB)"
-    return {"what": what, "value": adaptive_peak / plain}
+    plain, *adaptive = (statistics.median(values) for values in peaks.values())
+    for name, peak in zip(("nothing leaves", "half leaves at each exit"), adaptive):
+        yield {"what": f"memory / plain, batch 64, {name} ({peak:.1f} / {plain:.1f} MiB)", "value": peak / plain}
 
 
 def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
@@ -465,9 +502,19 @@ def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
             ours, plain = (best(entries, kind, where) for kind in (f"hf_scan, {drop} points", "plain"))
             if ours is not None:
                 yield {"what": f"speed-up at {drop} points on the search split, {where}", "value": plain / ours}
-        ours, theirs = (best(entries, kind, where) for kind in ("hf_scan, as earlyon", "earlyon"))
-        if ours is not None:
-            yield {"what": f"time of earlyon / ours by the same rule, {where}", "value": theirs / ours}
+        for eager in (True, False):
+            ours, theirs = (best(entries, kind, where, eager) for kind in ("hf_scan, as earlyon", "earlyon"))
+            if ours is not None:
+                how = "not compiled" if eager else "ours compiled, which earlyon refuses"
+                yield {
+                    "what": f"time of earlyon / ours by the same thresholds, {how}, {where}",
+                    "value": theirs / ours,
+                }
+    for entry in entries:
+        if entry.kind == "earlyon":
+            for batch_size, right in entry.right.items():
+                what = f"accuracy of earlyon in batches of {batch_size}"
+                yield {"what": what, "value": float(right.float().mean())}
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -483,14 +530,14 @@ def main(arguments: argparse.Namespace) -> None:
         *other_contenders(networks, compiled),
     ]
     test = networks.splits["test"]
-    images = torch.stack([test[row]["pixel_values"] for row in range(min(len(test), 64 + 16 * max(BATCH_SIZES)))])
+    images = torch.stack([test[row]["pixel_values"] for row in range(min(len(test), 192 + 8 * max(BATCH_SIZES)))])
     images = images.to(memory_format=torch.channels_last)
-    measure(entries, images, arguments.rounds)
+    measure(entries, images, networks.labels["test"], arguments.rounds)
     figures = list(comparisons(entries))
     if networks.model.exit_config.thresholds is not None:
         figures += prediction(networks.model, images, arguments.rounds)
     if sys.platform == "linux":
-        figures.append(extra_memory(arguments.model))
+        figures += extra_memory(arguments.model)
     for backbone in tqdm(arguments.overhead, desc="nothing leaves"):
         figures += overhead(backbone, arguments.rounds)
 
@@ -500,7 +547,9 @@ def main(arguments: argparse.Namespace) -> None:
         "dataset": networks.dataset,
         "splits": {name: len(rows) for name, rows in networks.splits.items()},
         "seed": networks.seed,
-        "images timed": {batch_size: len(images[: 64 + 16 * batch_size]) for batch_size in BATCH_SIZES},
+        "plain network": "the model's deepest exit" if arguments.plain is None else arguments.plain.name,
+        "thresholds": {name: point and (point.thresholds, point.fallback) for name, point in networks.points.items()},
+        "images timed": {batch_size: len(timed(images, batch_size)) for batch_size in BATCH_SIZES},
         "rounds": arguments.rounds,
         "machine": describe_machine(),
         "environment": TUNING,
@@ -536,6 +585,11 @@ if __name__ == "__main__":
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled variants out")
-    parser.add_argument("--overhead", nargs="*", default=[], help="backbones to measure without anything leaving")
+    parser.add_argument(
+        "--overhead",
+        nargs="*",
+        default=["cifar_resnet18", "resnet18", "resnet50"],
+        help="backbones to measure when nothing leaves",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/adaptive"), help="files to write, without ending")
     main(parser.parse_args())
