@@ -3,9 +3,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_scan import ExitConfig, calibrate
-from hf_scan.calibration import ExitTable, answering_column, collect_exit_logits, evaluate_policies, genetic_search
+from hf_scan.calibration import (
+    ExitTable,
+    answering_column,
+    collect_exit_logits,
+    evaluate_policies,
+    exact_frontier,
+    genetic_search,
+)
 from hf_scan.costs import count_macs
 
 from .conftest import random_scan_model
@@ -143,3 +152,79 @@ def test_half_precision_models_and_images(model):
 def test_empty_split(model):
     with pytest.raises(ValueError, match="The 'search' split is empty"):
         calibrate(model, [])
+
+
+def brute_force(confidences, correct, costs) -> set[tuple[float, float]]:
+    """Accuracy and cost of all policies that none beats in both."""
+    values = [np.unique([0.0, 1.0, *column]) for column in confidences[:, :-1].T]
+    policies = np.array(list(itertools.product(*values)))
+    points = set(zip(*(np.round(figure, 9) for figure in evaluate_policies(confidences, correct, costs, policies))))
+    return {
+        (accuracy, cost)
+        for accuracy, cost in points
+        if not any((a >= accuracy and c <= cost) and (a, c) != (accuracy, cost) for a, c in points)
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    columns=st.integers(2, 4),
+    seed=st.integers(0, 10**6),
+    distinct=st.sampled_from([3, 10, 1000]),
+)
+def test_the_frontier_is_that_of_brute_force(n, columns, seed, distinct):
+    """Confidences of 0 and 1 and equal ones among them."""
+    rng = np.random.default_rng(seed)
+    confidences = rng.integers(0, distinct + 1, (n, columns)) / distinct
+    correct = rng.random((n, columns)) < 0.6
+    costs = np.cumsum(rng.integers(0, 3, columns) + np.eye(columns, dtype=int)[0])
+    frontier = exact_frontier(confidences, correct, costs)
+    assert set(zip(np.round(frontier.accuracy, 9), np.round(frontier.cost, 9))) == brute_force(
+        confidences, correct, costs
+    )
+    assert (np.diff(frontier.cost) > 0).all()
+    assert (np.diff(frontier.accuracy) > 0).all()
+
+
+def test_what_the_frontier_says_is_what_its_thresholds_give():
+    """More samples than the grid has values, and another grid."""
+    confidences, correct, costs = scores(n=1000, columns=4)
+    for polish in (False, True):
+        frontier = exact_frontier(confidences, correct, costs, max_policies=20**3, polish=polish)
+        accuracy, cost = evaluate_policies(confidences, correct, costs, frontier.thresholds)
+        assert frontier.accuracy == pytest.approx(accuracy)
+        assert frontier.cost == pytest.approx(cost)
+        assert (np.diff(frontier.cost) > 0).all()
+        assert (np.diff(frontier.accuracy) > 0).all()
+
+
+def test_polishing_loses_nothing():
+    rough, polished = (exact_frontier(*scores(n=1000), max_policies=20**2, polish=polish) for polish in (False, True))
+    for accuracy, cost in zip(rough.accuracy, rough.cost):
+        assert polished.accuracy[polished.cost <= cost + 1e-9].max() >= accuracy
+    exact = exact_frontier(*scores(n=1000), max_policies=1002**2)
+    gaps = [
+        [
+            exact.accuracy[exact.cost <= cost + 1e-9].max() - accuracy
+            for accuracy, cost in zip(found.accuracy, found.cost)
+        ]
+        for found in (rough, polished)
+    ]
+    assert 0 <= max(gaps[1]) < 0.002 < max(gaps[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_frontier_is_nowhere_below_the_genetic_search(seed):
+    confidences, correct, costs = scores(n=1000, columns=4, seed=seed)
+    frontier = exact_frontier(confidences, correct, costs)
+    for beta in (0.1, 0.5, 2.0):
+        found = genetic_search(confidences, correct, costs, beta=beta, seed=seed, generations=50, progress=False)
+        affordable = frontier.accuracy[frontier.cost <= found.cost + 1e-9]
+        assert affordable.max() >= found.accuracy - 1e-9
+
+
+def test_costs_that_fall_with_depth():
+    confidences, correct, costs = scores()
+    with pytest.raises(ValueError, match="do not fall with depth"):
+        exact_frontier(confidences, correct, costs[::-1])

@@ -7,7 +7,7 @@ import numpy as np
 import pygad
 from tqdm.auto import tqdm
 
-from .policy import evaluate_policies
+from .policy import check_table, evaluate_policies
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,7 @@ def genetic_search(
     (True, 1.0, 0.75)
     ```
     """
-    confidences, correct, costs = np.asarray(confidences), np.asarray(correct, dtype=bool), np.asarray(costs, float)
-    if confidences.ndim != 2 or confidences.shape != correct.shape or costs.shape != confidences.shape[1:]:
-        raise ValueError(
-            f"`confidences` {confidences.shape}, `correct` {correct.shape} and `costs` {costs.shape} do not belong "
-            "together; expected (n, columns), (n, columns) and (columns,)."
-        )
-    if confidences.size == 0 or confidences.shape[1] < 2:
-        raise ValueError(f"`confidences` has shape {confidences.shape}; expected samples and two columns or more.")
-    if not (np.isfinite(confidences).all() and np.isfinite(costs).all() and (costs > 0).all()):
-        raise ValueError("`confidences` and `costs` must be finite, and costs above 0; look for NaN in the logits.")
-
+    confidences, correct, costs = check_table(confidences, correct, costs)
     genes = confidences.shape[1] - 1
     baseline = correct[:, -1].mean() if baseline_accuracy is None else baseline_accuracy
 

@@ -46,6 +46,32 @@ def evaluate_policies(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: accuracies in [0, 1] and mean costs, of shape `(policies,)`.
     """
-    answers = answering_column(confidences, thresholds)
-    accuracy = np.take_along_axis(correct, answers.T, axis=1).mean(axis=0)
-    return accuracy, costs[answers].mean(axis=-1)
+    accuracies, mean_costs = [], []
+    at_once = max(1, 2**24 // max(1, len(confidences)))  # so that the answers of all take little memory
+    for start in range(0, len(thresholds), at_once):
+        answers = answering_column(confidences, thresholds[start : start + at_once])
+        accuracies.append(np.take_along_axis(correct, answers.T, axis=1).mean(axis=0))
+        mean_costs.append(costs[answers].mean(axis=-1))
+    return np.concatenate(accuracies), np.concatenate(mean_costs)
+
+
+def check_table(
+    confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The arguments of [`evaluate_policies`] as arrays.
+
+    Raises:
+        `ValueError`: if they do not belong together, are empty, or hold NaN.
+    """
+    confidences, correct, costs = np.asarray(confidences), np.asarray(correct, dtype=bool), np.asarray(costs, float)
+    if confidences.ndim != 2 or confidences.shape != correct.shape or costs.shape != confidences.shape[1:]:
+        raise ValueError(
+            f"`confidences` {confidences.shape}, `correct` {correct.shape} and `costs` {costs.shape} do not belong "
+            "together; expected (n, columns), (n, columns) and (columns,)."
+        )
+    if confidences.size == 0 or confidences.shape[1] < 2:
+        raise ValueError(f"`confidences` has shape {confidences.shape}; expected samples and two columns or more.")
+    if not (np.isfinite(confidences).all() and np.isfinite(costs).all() and (costs > 0).all()):
+        raise ValueError("`confidences` and `costs` must be finite, and costs above 0; look for NaN in the logits.")
+    return confidences, correct, costs
