@@ -3,7 +3,7 @@ import torch
 
 from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs
-from hf_scan.exit_heads import ConvAttention, ConvClassifier, ExitHead, SeparableAttention
+from hf_scan.exit_heads import ConvAttention, ConvClassifier, ExitHead, MapMean, SeparableAttention
 
 
 def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -83,3 +83,9 @@ def test_a_cheap_head_works_at_one_width_and_near_the_deepest_map():
 
 def test_conv_classifier_takes_a_map_as_small_as_its_kernel():
     assert ConvClassifier(4, 8, 16, 3).eval()(torch.randn(1, 4, 8, 8))[1].shape == (1, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 8)])
+def test_the_mean_of_a_map(size):
+    feature = torch.randn(3, 6, *size).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(MapMean()(feature), torch.nn.AdaptiveAvgPool2d(1)(feature))
