@@ -396,6 +396,11 @@ def test_two_processes_take_the_step_of_one_with_the_joined_batch(tmp_path):
         assert (gradients[1][name] - one).norm() < 1e-5 * one.norm(), name
 
 
+def test_a_sharded_network_has_the_same_gradients():
+    """PyTorch's own sharding, batch norm included. Accelerate shards on accelerators only."""
+    assert torchrun("tests.gradients_when_sharded").count("the same gradients, and a step in training mode") == 2
+
+
 @pytest.mark.parametrize(
     "settings",
     [
