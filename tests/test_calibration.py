@@ -228,3 +228,9 @@ def test_costs_that_fall_with_depth():
     confidences, correct, costs = scores()
     with pytest.raises(ValueError, match="do not fall with depth"):
         exact_frontier(confidences, correct, costs[::-1])
+
+
+def test_a_grid_of_two_values_is_polished_too():
+    confidences, correct, costs = scores(n=100)
+    frontier = exact_frontier(confidences, correct, costs, max_policies=4)
+    assert frontier.cost == pytest.approx(evaluate_policies(confidences, correct, costs, frontier.thresholds)[1])

@@ -98,7 +98,7 @@ def _grid(confidence: np.ndarray, size: int) -> np.ndarray:
     if len(values) > size:
         # Half of them spread evenly over the samples, half towards the surest in equal ratios.
         even = np.linspace(0, 1, size // 2)
-        tail = 1 - np.geomspace(1 / len(confidence), 1, size - size // 2 - 2)
+        tail = 1 - np.geomspace(1 / len(confidence), 1, max(0, size - size // 2 - 2))
         values = _values(np.quantile(confidence, np.concatenate([even, tail]), method="lower"))
     return values
 
