@@ -193,7 +193,12 @@ class Networks:
         for fallback in fallbacks:
             for beta in BETAS:
                 point = calibrate(
-                    self.model, self.tables["search"], fallback, beta=beta, threshold_range=0.9, progress=False
+                    self.model,
+                    self.tables["search"],
+                    fallback=fallback,
+                    beta=beta,
+                    threshold_range=0.9,
+                    progress=False,
                 )
                 fits = 100 * (self.baseline - point.search["accuracy"]) <= drop + 1e-9
                 if fits and (best is None or point.search["cost"] < best.search["cost"]):

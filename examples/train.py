@@ -23,7 +23,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict, load_dataset
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TimmWrapperForImageClassification, Trainer, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import SchedulerType
@@ -33,6 +32,7 @@ from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTra
 from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.costs import describe_machine
 from hf_scan.data import (
+    DecodedRows,
     EpochCallback,
     ImagesInMemory,
     SeededImages,
@@ -194,9 +194,7 @@ def prepare_images(
     if args.dataloader_num_workers == 0 and args.device.type != "cpu":
         settings["device"] = args.device
         args.dataloader_pin_memory = False
-    in_memory = {
-        name: list(tqdm(rows, desc=f"decoding the {name} split", leave=False)) for name, rows in held_out.items()
-    }
+    in_memory = {name: DecodedRows(rows, name) for name, rows in held_out.items()}
     return {**in_memory, "train": SeededImages(ImagesInMemory(splits["train"], processor, **settings), args.seed)}
 
 

@@ -12,8 +12,9 @@ from .modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
 
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
+    from .calibration import RiskBound, calibrate, certify_thresholds
     from .costs import MeasuredCosts, measure_costs, predicted_speedup, realised_speedup
+    from .monitor import ExitMonitor
     from .trainer import ScanTrainer
     from .training_args import ScanTrainingArguments
 
@@ -24,10 +25,13 @@ AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
 
 # Whoever only answers images does not wait for what trains and searches.
 _IMPORTED_WHEN_USED = {
+    "ExitMonitor": ".monitor",
     "MeasuredCosts": ".costs",
+    "RiskBound": ".calibration",
     "ScanTrainer": ".trainer",
     "ScanTrainingArguments": ".training_args",
     "calibrate": ".calibration",
+    "certify_thresholds": ".calibration",
     "measure_costs": ".costs",
     "predicted_speedup": ".costs",
     "realised_speedup": ".costs",
@@ -43,7 +47,9 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AdaptiveOutput",
     "ExitConfig",
+    "ExitMonitor",
     "MeasuredCosts",
+    "RiskBound",
     "ScanConfig",
     "ScanForImageClassification",
     "ScanImageClassifierOutput",
@@ -51,6 +57,7 @@ __all__ = [
     "ScanTrainingArguments",
     "apply_exit_rule",
     "calibrate",
+    "certify_thresholds",
     "measure_costs",
     "predicted_speedup",
     "realised_speedup",

@@ -22,6 +22,9 @@ logger = logging.get_logger(__name__)
 
 EXIT_CONFIG_NAME = "exit_config.json"
 
+# The fields of an `ExitConfig` that say who leaves where, and with which answer.
+RULE = ("thresholds", "criterion", "temperatures", "fallback")
+
 
 @strict
 @dataclass
@@ -48,6 +51,12 @@ class ExitConfig:
             probability is largest.
         search (`dict[str, Any]`, *optional*):
             How the thresholds were found: method, settings, data, and what they gave there.
+        guarantee (`dict[str, Any]`, *optional*):
+            What is certified of the thresholds: [`~hf_scan.calibration.Certificate`] as a dictionary.
+        reference (`dict[str, Any]`, *optional*):
+            Where samples left and how sure they were when the thresholds were found, for [`~hf_scan.ExitMonitor`].
+        trained_on (`str`, *optional*):
+            Digests of some images that the weights were trained on, so that no thresholds are found on such.
         costs (`dict[str, Any]`, *optional*):
             What stages and heads cost on some machine: [`~hf_scan.costs.MeasuredCosts`] as a dictionary.
 
@@ -71,6 +80,9 @@ class ExitConfig:
     temperatures: list[float | int] | None = None
     fallback: Literal["ensemble", "deepest", "most_confident"] = "ensemble"
     search: dict[str, Any] | None = None
+    guarantee: dict[str, Any] | None = None
+    reference: dict[str, Any] | None = None
+    trained_on: str | None = None
     costs: dict[str, Any] | None = None
 
     # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.
@@ -158,7 +170,10 @@ class ExitConfig:
         return plan_exits(self, num_exits)[exit_index][0]
 
     def update(self, **kwargs: Any) -> "ExitConfig":
-        """A copy with some fields replaced, validated anew; itself where none are."""
+        """
+        A copy with some fields replaced, validated anew; itself where none are. What was found and certified of the
+        rule goes when the rule changes.
+        """
         if not kwargs:
             return self
         known = {entry.name for entry in fields(self)}
@@ -172,6 +187,8 @@ class ExitConfig:
                 raise ValueError(
                     f"`thresholds` is {kwargs['thresholds']!r}; expected a number in [0, 1] or None for each exit."
                 ) from error
+        if any(name in kwargs and kwargs[name] != getattr(self, name) for name in RULE):
+            kwargs = {"search": None, "guarantee": None, "reference": None, **kwargs}
         return replace(self, **kwargs)
 
     @classmethod

@@ -1,16 +1,24 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training and for use."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
-from transformers import ConvNextImageProcessor, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    ConvNextImageProcessor,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -229,6 +237,7 @@ class ImagesInMemory(TorchDataset):
                     f"{size}. Use `train_transform`."
                 )
             images[index] = image
+        self.rows = rows
         self.images = images.to(device)
         self.labels = list(rows["labels"])
         self.flip = flip
@@ -260,6 +269,20 @@ class ImagesInMemory(TorchDataset):
         if self.erase is not None:
             images = torch.stack([self.erase(image) for image in images])
         return [{"pixel_values": image, "labels": self.labels[index]} for image, index in zip(images, indices)]
+
+
+class DecodedRows(list[dict[str, Any]]):
+    """
+    All rows of a dataset, transformed once and kept.
+
+    Args:
+        rows (`datasets.Dataset`): With a transform that draws nothing at random.
+        split (`str`): What the progress bar calls it.
+    """
+
+    def __init__(self, rows: Dataset, split: str) -> None:
+        super().__init__(tqdm(rows, desc=f"decoding the {split} split", leave=False))
+        self.rows = rows
 
 
 class SeededImages(TorchDataset):
@@ -295,6 +318,71 @@ class SeededImages(TorchDataset):
         with torch.random.fork_rng(devices):
             torch.manual_seed(hash((self.seed, self.epoch, *indices)) % 2**63)
             return self.rows.__getitems__(indices)
+
+
+def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarray | None:
+    """
+    Tells which images a dataset holds, so that two datasets can be seen to share some.
+
+    An image of a `datasets.Dataset` is known by its row as it is stored, whatever the transform; so is one of the
+    classes here, which know their dataset. One of a list is known by its `pixel_values` and label.
+
+    Args:
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): The images.
+        rows (`Sequence[int]`, *optional*): Which of them. Defaults to all.
+
+    Returns:
+        `np.ndarray` of shape `(n,)` and type uint64: 8 bytes of a hash of each; `None` where the dataset is of another
+        kind, whose images may be others the next time.
+    """
+    while hasattr(dataset, "rows"):
+        dataset = dataset.rows
+    if isinstance(dataset, Dataset):
+        stored = dataset.with_format("arrow")
+        stored = stored if rows is None else stored.select(rows)
+        batches = (table.to_pylist() for table in stored.iter(batch_size=64))
+        return np.array([_digest(*_content(row)) for batch in batches for row in batch], dtype=np.uint64)
+    if isinstance(dataset, list):
+        singles = (default_data_collator([dataset[row]]) for row in (range(len(dataset)) if rows is None else rows))
+        digests = [tensor_digests(item["pixel_values"], item["labels"]) for item in singles]
+        return np.concatenate(digests) if digests else np.array([], dtype=np.uint64)
+    return None
+
+
+DIGESTS_KEPT = 128
+
+
+def some_digests(dataset: Any) -> str | None:
+    """
+    The digests of images spread evenly over a dataset, as text to be saved. A split that holds a tenth of the dataset
+    holds about a tenth of these.
+    """
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return None
+    rows = np.linspace(0, len(dataset) - 1, min(DIGESTS_KEPT, len(dataset)), dtype=int).tolist()
+    digests = sample_digests(dataset, rows)
+    return None if digests is None else " ".join(f"{digest:016x}" for digest in digests)
+
+
+def tensor_digests(pixel_values: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """The digests of images as they go into the network."""
+    pixels = pixel_values.float().cpu().contiguous().numpy()
+    pairs = zip(pixels, labels.cpu().numpy().astype(np.int64))
+    return np.array([_digest(image.tobytes(), label.tobytes()) for image, label in pairs], dtype=np.uint64)
+
+
+def _content(row: dict[str, Any]) -> Iterator[bytes]:
+    for _, value in sorted(row.items()):
+        if isinstance(value, dict) and value.get("bytes") is not None:  # an image, whose path tells nothing more
+            value = value["bytes"]
+        yield value if isinstance(value, bytes) else repr(value).encode()
+
+
+def _digest(*parts: bytes) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
 class EpochCallback(TrainerCallback):

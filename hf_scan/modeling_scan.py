@@ -2,6 +2,7 @@
 """The network: a timm backbone with early exits, as a model of Transformers."""
 
 import copy
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -531,6 +532,14 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             ) from error
         return scan
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and buffers, with their names and types. Equal networks have the same."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -587,7 +596,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
                     "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
                     "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
-                exit_config = exit_config.update(thresholds=None, temperatures=None, search=None)
+                exit_config = exit_config.update(thresholds=None, temperatures=None)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .adaptive import EXIT_CONFIG_NAME
 from .calibration.exit_table import exit_columns
 from .costs import count_macs
-from .data import EpochCallback, SeededImages, create_image_processor
+from .data import EpochCallback, SeededImages, create_image_processor, some_digests
 from .folders import last_whole_checkpoint
 from .losses import SelfDistillationLoss, weights_per_exit
 from .metrics import ScanAccuracy
@@ -143,7 +143,9 @@ class ScanTrainer(Trainer):
         self._forget_terms()
         # Thresholds that were found for other weights do not survive training.
         if isinstance(self.model, ScanForImageClassification):
-            self.model.exit_config = self.model.exit_config.update(thresholds=None, temperatures=None, search=None)
+            self.model.exit_config = self.model.exit_config.update(
+                thresholds=None, temperatures=None, trained_on=some_digests(self.train_dataset)
+            )
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from hf_scan import ExitConfig, apply_exit_rule
 from hf_scan.adaptive import within_memory
 from hf_scan.calibration import answering_column
 from hf_scan.calibration.exit_table import exit_columns
+from hf_scan.exit_criteria import EXIT_CRITERIA
 
 from .conftest import random_scan_model
 
@@ -348,14 +349,15 @@ def test_limits_out_of_range(model, images, limit):
 
 
 @pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
+@pytest.mark.parametrize("criterion", EXIT_CRITERIA)
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_a_network_whose_answers_are_not_finite(images, fallback, batch_size):
+def test_a_network_whose_answers_are_not_finite(images, fallback, criterion, batch_size):
     """Such logits leave at no exit, whatever the thresholds."""
     model = random_scan_model()
     with torch.no_grad():
         for head in (*(head.classifier.fc for head in model.exit_heads), model.backbone.get_classifier()):
             head.bias[0] = math.nan
-    policy = {"thresholds": [0.0, 0.0, 0.0], "fallback": fallback}
+    policy = {"thresholds": [0.0, 0.0, 0.0], "fallback": fallback, "criterion": criterion}
     with pytest.raises(ValueError, match="logits that are not finite"):
         model.predict_adaptive(images[:batch_size], **policy)
     with pytest.raises(ValueError, match="logits that are not finite"):

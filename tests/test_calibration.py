@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from hf_scan import ExitConfig, calibrate
 from hf_scan.calibration import (
     ExitTable,
+    RiskBound,
     answering_column,
+    certify,
     collect_exit_logits,
     evaluate_policies,
     exact_frontier,
     genetic_search,
+    oracle_policy,
+    shared_threshold_frontier,
 )
 from hf_scan.costs import count_macs
 
@@ -35,7 +39,7 @@ def test_answering_column_by_hand():
     assert answering_column(confidences, [None, 0.1]).tolist() == [1, 1, 1]
     many = answering_column(confidences, np.array([[0.7, 0.7], [0.0, 0.0], [1.0, 1.0]]))
     assert many.tolist() == [[0, 1, 2], [0, 0, 0], [2, 2, 2]]
-    with pytest.raises(ValueError, match="There are 1 thresholds for 2 columns"):
+    with pytest.raises(ValueError, match="There are 1 thresholds for 3 columns"):
         answering_column(confidences, [0.5])
 
 
@@ -59,7 +63,7 @@ def test_genetic_search_finds_the_best_policy_it_can_express(seed):
     best = (1 / cost + 0.5 * 100 * (accuracy - correct[:, -1].mean())).max()
     assert found.fitness <= best + 1e-9
     assert found.fitness > best - 0.02
-    assert all(0.7 <= threshold <= 1 for threshold in found.thresholds)
+    assert all(0.7 <= threshold <= 1 for threshold in found.thresholds[:-1])
     assert found.history == sorted(found.history)  # the best policy is never lost
     # What it says of its thresholds is what they give.
     assert evaluate_policies(confidences, correct, costs, np.array([found.thresholds])) == (
@@ -90,11 +94,19 @@ def test_the_same_seed_gives_the_same_thresholds_and_leaves_global_randomness_al
         (lambda c, r, k: (c[:0], r[:0], k), "expected samples and two columns"),
         (lambda c, r, k: (np.where(c > 0.9, np.nan, c), r, k), "look for NaN in the logits"),
         (lambda c, r, k: (c, r, k * 0), "costs above 0"),
+        (lambda c, r, k: (c, r, k[::-1]), "do not fall with depth"),
     ],
 )
 def test_bad_tables(change, message):
-    with pytest.raises(ValueError, match=message):
-        genetic_search(*change(*scores(20)), progress=False)
+    table = change(*scores(20))
+    for search in (
+        exact_frontier,
+        shared_threshold_frontier,
+        lambda *table: genetic_search(*table, progress=False),
+        lambda *table: certify(*table, np.zeros((1, 3)), RiskBound()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(*table)
 
 
 def dataset(n: int = 70, seed: int = 0) -> list[dict]:
@@ -121,9 +133,8 @@ def test_table_holds_what_the_network_says(model, tmp_path):
 
 def test_table_columns_leave_switched_off_exits_out_of_the_ensemble(model):
     table = collect_exit_logits(model, dataset())
-    _, correct = table.columns(ExitConfig(thresholds=[None, 0.5, 0.5]))
-    ensemble = table.logits[:, 1:].mean(axis=1).argmax(-1) == table.labels
-    assert (correct[:, -1] == ensemble).all()
+    _, predictions = table.columns(ExitConfig(thresholds=[None, 0.5, 0.5]))
+    assert (predictions[:, -1] == table.logits[:, 1:].mean(axis=1).argmax(-1)).all()
 
 
 @pytest.mark.parametrize("fallback", ["ensemble", "deepest"])
@@ -224,13 +235,38 @@ def test_the_frontier_is_nowhere_below_the_genetic_search(seed):
         assert affordable.max() >= found.accuracy - 1e-9
 
 
-def test_costs_that_fall_with_depth():
-    confidences, correct, costs = scores()
-    with pytest.raises(ValueError, match="do not fall with depth"):
-        exact_frontier(confidences, correct, costs[::-1])
-
-
 def test_a_grid_of_two_values_is_polished_too():
     confidences, correct, costs = scores(n=100)
     frontier = exact_frontier(confidences, correct, costs, max_policies=4)
     assert frontier.cost == pytest.approx(evaluate_policies(confidences, correct, costs, frontier.thresholds)[1])
+
+
+def test_nobody_beats_the_oracle():
+    """It is the frontier where confidence says what is right, but for samples that are right nowhere."""
+    confidences, correct, costs = scores()
+    accuracy, cost = oracle_policy(correct, costs)
+    frontier = exact_frontier(correct.astype(float), correct, costs)
+    assert frontier.accuracy[-1] == pytest.approx(accuracy)
+    nowhere = (~correct.any(axis=1)).mean()
+    assert frontier.cost[-1] - cost == pytest.approx(nowhere * (costs[-1] - costs[0]))
+    found = exact_frontier(confidences, correct, costs)
+    assert found.accuracy.max() <= accuracy
+    assert found.cost[found.accuracy >= accuracy - 1e-9].min(initial=np.inf) >= cost
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(1, 40), columns=st.integers(2, 4), seed=st.integers(0, 10**6), distinct=st.sampled_from([3, 1000])
+)
+def test_one_threshold_for_all_is_that_of_brute_force(n, columns, seed, distinct):
+    rng = np.random.default_rng(seed)
+    confidences = rng.integers(0, distinct + 1, (n, columns)) / distinct
+    correct = rng.random((n, columns)) < 0.6
+    costs = np.arange(1.0, columns + 1)
+    values = np.unique([0.0, 1.0, *confidences.ravel()])
+    everything = np.repeat(values[:, None], columns, axis=1)
+    points = set(zip(*(np.round(figure, 9) for figure in evaluate_policies(confidences, correct, costs, everything))))
+    best = {p for p in points if not any(a >= p[0] and c <= p[1] and (a, c) != p for a, c in points)}
+    found = shared_threshold_frontier(confidences, correct, costs)
+    assert set(zip(np.round(found.accuracy, 9), np.round(found.cost, 9))) == best
+    assert (found.thresholds[:, :-1] == found.thresholds[:, :1]).all()

@@ -7,7 +7,14 @@ import torch
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+from hf_scan import (
+    ExitConfig,
+    ScanConfig,
+    ScanForImageClassification,
+    ScanTrainer,
+    ScanTrainingArguments,
+    calibrate,
+)
 from hf_scan.stage_features import extract_stage_features
 
 from .conftest import random_scan_model, torchrun
@@ -152,7 +159,19 @@ def test_training_drops_thresholds_found_for_other_weights(tmp_path):
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.5, 0.5], fallback="deepest")
     ScanTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(8)).train()
-    assert model.exit_config == ExitConfig(fallback="deepest")
+    assert model.exit_config.update(trained_on=None) == ExitConfig(fallback="deepest")
+
+
+def test_what_was_trained_on_is_remembered_and_refused(tmp_path):
+    """After a round trip too, for a part of the images, and whatever their order."""
+    model = random_scan_model()
+    images = rows(60)
+    ScanTrainer(model, arguments(tmp_path / "run", max_steps=1), train_dataset=images).train()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="was trained on the 'search' split, or a part of it: 20 of 60"):
+        calibrate(loaded, images[40:20:-1], max_accuracy_drop=1.0)
+    assert calibrate(loaded, rows(60, seed=1), max_accuracy_drop=1.0).trained_on == loaded.exit_config.trained_on
 
 
 def test_a_push_in_training_takes_the_exit_config_along(tmp_path, monkeypatch):

@@ -1,21 +1,31 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Thresholds from cached scores."""
 
+from .certify import CannotCertifyError, Certificate, RiskBound, certify
+from .exit_frontier import exit_frontier
 from .exit_table import ExitTable, collect_exit_logits
-from .frontier import Frontier, exact_frontier
+from .frontier import Frontier, exact_frontier, oracle_policy, shared_threshold_frontier
 from .genetic import GeneticSearchResult, genetic_search
 from .policy import answering_column, evaluate_policies
-from .thresholds import calibrate
+from .thresholds import calibrate, certify_thresholds
 
 
 __all__ = [
+    "CannotCertifyError",
+    "Certificate",
     "ExitTable",
     "Frontier",
     "GeneticSearchResult",
+    "RiskBound",
     "answering_column",
     "calibrate",
+    "certify",
+    "certify_thresholds",
     "collect_exit_logits",
     "evaluate_policies",
     "exact_frontier",
+    "exit_frontier",
     "genetic_search",
+    "oracle_policy",
+    "shared_threshold_frontier",
 ]

@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..adaptive import ExitConfig, fall_back
+from ..data import sample_digests, tensor_digests
 from ..exit_criteria import confidence_of
 
 
@@ -31,39 +32,75 @@ class ExitTable:
     Args:
         logits (`np.ndarray` of shape `(n, num_exits, num_labels)`): From shallow to deep, float32.
         labels (`np.ndarray` of shape `(n,)`): The true class indices.
+        samples (`np.ndarray` of shape `(n,)`): Which images these are: [`~hf_scan.data.sample_digests`].
         split (`str`): The split's name.
-        fingerprint (`str`): SHA-256 of the images and labels, in their order.
+        model (`str`): The weights that answered: [`~ScanForImageClassification.fingerprint`].
     """
 
     logits: np.ndarray
     labels: np.ndarray
+    samples: np.ndarray
     split: str
-    fingerprint: str
+    model: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_exits(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def deepest(self) -> np.ndarray:
+        """The classes that the deepest exit answers, `(n,)`."""
+        return self.logits[:, -1].argmax(axis=-1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and labels, whatever their order."""
+        return hashlib.sha256(np.sort(self.samples).tobytes()).hexdigest()
 
     def columns(self, exit_config: ExitConfig) -> tuple[np.ndarray, np.ndarray]:
         """
         The answers a sample can get, as [`exit_columns`] numbers them.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: scores, and whether the answer is right, both `(n, num_exits + 1)`.
+            `tuple[np.ndarray, np.ndarray]`: scores, and predicted classes, both `(n, num_exits + 1)`.
         """
         exit_logits = torch.from_numpy(self.logits).unbind(dim=1)
         predictions, confidences = exit_columns(exit_logits, exit_config)
-        return confidences.numpy(), predictions.numpy() == self.labels[:, None]
+        return confidences.numpy(), predictions.numpy()
+
+    def select(self, rows: np.ndarray, split: str | None = None) -> "ExitTable":
+        """Some of the samples, by index or by a mask, as a split of another name."""
+        return replace(
+            self,
+            logits=self.logits[rows],
+            labels=self.labels[rows],
+            samples=self.samples[rows],
+            split=split or self.split,
+        )
+
+    def halves(self, names: tuple[str, str], seed: int = 0) -> tuple["ExitTable", "ExitTable"]:
+        """Two splits of equal size at random. Images that are there twice stay together."""
+        unique, which = np.unique(self.samples, return_inverse=True)
+        first = np.random.default_rng(seed).permutation(len(unique)) < len(unique) // 2
+        return self.select(first[which], names[0]), self.select(~first[which], names[1])
 
     def save(self, path: str | Path) -> None:
         """Writes the table as one safetensors file."""
-        metadata = {"split": self.split, "fingerprint": self.fingerprint}
-        save_file({"logits": self.logits, "labels": self.labels}, path, metadata={"exit_table": json.dumps(metadata)})
+        arrays = {"logits": self.logits, "labels": self.labels, "samples": self.samples}
+        facts = json.dumps({"split": self.split, "model": self.model})
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"exit_table": facts})
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitTable":
         """Reads a table that [`~ExitTable.save`] wrote."""
         with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("exit_table", "null"))
-            if metadata is None:
+            facts = json.loads((file.metadata() or {}).get("exit_table", "null"))
+            if facts is None:
                 raise ValueError(f"{path} is not a table of exit logits; write one with `ExitTable.save`.")
-            return cls(file.get_tensor("logits"), file.get_tensor("labels"), **metadata)
+            return cls(**{name: file.get_tensor(name) for name in ("logits", "labels", "samples")}, **facts)
 
 
 def exit_columns(
@@ -119,20 +156,25 @@ def collect_exit_logits(
     """
     if len(dataset) == 0:
         raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
-    digest, labels_digest = hashlib.sha256(), hashlib.sha256()
-    logits, labels = [], []
+    samples = sample_digests(dataset)
+    logits, labels, digests = [], [], []
     was_training = model.training
     model.eval()
     try:
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
         for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
-            digest.update(batch["pixel_values"].float().contiguous().numpy().tobytes())
-            labels_digest.update(batch["labels"].numpy().tobytes())
+            if samples is None:
+                digests.append(tensor_digests(batch["pixel_values"], batch["labels"]))
             with torch.inference_mode():
                 exit_logits = model(batch["pixel_values"].to(model.device, model.dtype)).exit_logits
             logits.append(torch.stack(exit_logits, dim=1).float().cpu())
             labels.append(batch["labels"])
     finally:
         model.train(was_training)
-    digest.update(labels_digest.digest())
-    return ExitTable(torch.cat(logits).numpy(), torch.cat(labels).numpy(), split, digest.hexdigest())
+    return ExitTable(
+        logits=torch.cat(logits).numpy(),
+        labels=torch.cat(labels).numpy(),
+        samples=np.concatenate(digests) if samples is None else samples,
+        split=split,
+        model=model.fingerprint(),
+    )

@@ -16,7 +16,7 @@ class GeneticSearchResult:
     What [`genetic_search`] found.
 
     Args:
-        thresholds (`list[float]`): One per column but the last.
+        thresholds (`list[float]`): One per column; the last is 0.0, since whatever gets there is answered there.
         accuracy (`float`): In [0, 1], on the scores that were searched on.
         cost (`float`): Mean cost there.
         fitness (`float`): The best fitness.
@@ -76,7 +76,7 @@ def genetic_search(
         [`GeneticSearchResult`]
 
     Raises:
-        `ValueError`: if the arrays do not belong together, are empty, or hold NaN.
+        `ValueError`: if the arrays do not belong together, are empty, or hold NaN, or costs fall with depth.
 
     Example:
 
@@ -134,4 +134,6 @@ def genetic_search(
     solution, best, _ = algorithm.best_solution(pop_fitness=algorithm.last_generation_fitness)
     thresholds = decode(np.asarray(solution))
     accuracy, cost = evaluate_policies(confidences, correct, costs, thresholds)
-    return GeneticSearchResult(thresholds[0].tolist(), float(accuracy[0]), float(cost[0]), float(best), history)
+    return GeneticSearchResult(
+        [*thresholds[0].tolist(), 0.0], float(accuracy[0]), float(cost[0]), float(best), history
+    )

@@ -12,8 +12,8 @@ def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None]
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): From shallow to deep; the last column's are not read.
-        thresholds (`np.ndarray` of shape `(..., columns - 1)`): One per column but the last, for any number of
-            policies. `None` and 1.0 let nothing go.
+        thresholds (`np.ndarray` of shape `(..., columns)`): For any number of policies. `None`, NaN and 1.0 let
+            nothing go. The last column's is not read and may be left out.
 
     Returns:
         `np.ndarray` of shape `(..., n)`: column indices.
@@ -21,8 +21,10 @@ def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None]
     limits = np.array([np.inf if t is None else t for t in thresholds]) if isinstance(thresholds, list) else thresholds
     limits = np.asarray(limits, dtype=np.float64)
     free = confidences.shape[1] - 1
-    if limits.shape[-1] != free:
-        raise ValueError(f"There are {limits.shape[-1]} thresholds for {free} columns that can be left at.")
+    if limits.shape[-1] not in (free, free + 1):
+        raise ValueError(
+            f"There are {limits.shape[-1]} thresholds for {free + 1} columns; expected one each, or none for the last."
+        )
     # From the last exit back to the first: the shallowest that passes has the last word. No array of all exits and
     # policies is built.
     answers = np.full((*limits.shape[:-1], len(confidences)), free, dtype=np.int64)
@@ -41,7 +43,7 @@ def evaluate_policies(
         confidences (`np.ndarray` of shape `(n, columns)`): As for [`answering_column`].
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
         costs (`np.ndarray` of shape `(columns,)`): What it costs to be answered by each column.
-        thresholds (`np.ndarray` of shape `(policies, columns - 1)`): The policies.
+        thresholds (`np.ndarray` of shape `(policies, columns)`): The policies.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: accuracies in [0, 1] and mean costs, of shape `(policies,)`.
@@ -62,7 +64,7 @@ def check_table(
     The arguments of [`evaluate_policies`] as arrays.
 
     Raises:
-        `ValueError`: if they do not belong together, are empty, or hold NaN.
+        `ValueError`: if they do not belong together, are empty, or hold NaN, or costs fall with depth.
     """
     confidences, correct, costs = np.asarray(confidences), np.asarray(correct, dtype=bool), np.asarray(costs, float)
     if confidences.ndim != 2 or confidences.shape != correct.shape or costs.shape != confidences.shape[1:]:
@@ -74,4 +76,6 @@ def check_table(
         raise ValueError(f"`confidences` has shape {confidences.shape}; expected samples and two columns or more.")
     if not (np.isfinite(confidences).all() and np.isfinite(costs).all() and (costs > 0).all()):
         raise ValueError("`confidences` and `costs` must be finite, and costs above 0; look for NaN in the logits.")
+    if (np.diff(costs) < 0).any():
+        raise ValueError(f"`costs` is {costs.tolist()}; expected cumulative costs, which do not fall with depth.")
     return confidences, correct, costs

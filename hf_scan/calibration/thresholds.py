@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""From a held-out split to an [`ExitConfig`]."""
+"""From a held-out split and a wish to an [`ExitConfig`]."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -7,59 +7,338 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ..adaptive import ExitConfig
-from ..costs import count_macs
+from ..adaptive import ExitConfig, apply_exit_rule
+from ..monitor import count_answers
+from .certify import Certificate, RiskBound, certify_answers
+from .exit_frontier import exit_frontier, num_columns
 from .exit_table import ExitTable, collect_exit_logits
+from .frontier import Frontier, undominated
 from .genetic import genetic_search
+from .prices import Prices
+from .splits import check_apart, check_usable
 
 
 if TYPE_CHECKING:
     from ..modeling_scan import ScanForImageClassification
 
+# What of the reference a confidence counts in: twentieths of [0, 1].
+CONFIDENCE_BINS = 20
+
 
 def calibrate(
     model: "ScanForImageClassification",
     dataset: Any,
+    *,
+    max_accuracy_drop: float | None = None,
+    min_accuracy: float | None = None,
+    max_latency_ms: float | None = None,
+    latency: Literal["mean", "p95"] = "mean",
+    max_macs: float | None = None,
+    speedup: float | None = None,
+    guarantee: RiskBound | None = None,
+    certify_dataset: Any = None,
+    batch_size: int = 1,
     fallback: Literal["ensemble", "deepest", "most_confident"] = "ensemble",
-    split: str = "search",
     criterion: str | Callable[..., torch.Tensor] = "confidence",
     temperatures: list[float | int] | None = None,
+    split: str = "search",
     **search_kwargs: Any,
 ) -> ExitConfig:
     """
-    Finds thresholds on a split that neither training nor the final test uses, by the paper's genetic search.
+    Finds thresholds on a split that neither training nor the final test uses: the cheapest that lose no more than what
+    is allowed, or the most accurate that cost no more. Exits that cost more than they save are switched off.
+
+    Costs are milliseconds where `model.exit_config.costs` holds what [`~hf_scan.measure_costs`] measured, and MACs
+    otherwise; the result's `search["cost_unit"]` says which. Without a wish, the paper's genetic search weighs both.
+
+    What is promised holds on the split. On other images of the kind, thresholds that were chosen as the best of many
+    lose a little more; with a `guarantee`, they lose no more than it says.
 
     Args:
         model ([`ScanForImageClassification`]): The trained network.
         dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or their logits when they are
             there already.
+        max_accuracy_drop (`float`, *optional*): Points that may be lost against the deepest exit, e.g. 0.5.
+        min_accuracy (`float`, *optional*): Least accuracy, in [0, 1].
+        max_latency_ms (`float`, *optional*): Most milliseconds for one image. Needs measured costs.
+        latency (`str`, *optional*, defaults to `"mean"`): Of the images' milliseconds, the `"mean"` or `"p95"`, which
+            95 % of them keep to.
+        max_macs (`float`, *optional*): Most MACs of an image in the mean, e.g. 20e6.
+        speedup (`float`, *optional*): Least speed-up over the plain backbone, e.g. 1.5.
+        guarantee ([`RiskBound`], *optional*): Has the thresholds certified on images that did not choose them: the
+            cheapest that pass, of those that fulfil the wish; with a wish for speed, the most accurate. It may be the
+            only wish.
+        certify_dataset (`datasets.Dataset` or [`ExitTable`], *optional*): The images to certify on. Defaults to a
+            random half of `dataset`, which the search then does not see.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time that measured costs are taken for. One of the
+            sizes measured.
         fallback, criterion, temperatures (*optional*): As in [`ExitConfig`].
         split (`str`, *optional*, defaults to `"search"`): What the split is called in the result.
-        search_kwargs: For [`genetic_search`]: `beta`, `seed`, `generations` and so on. The baseline is the deepest
-            exit's accuracy on the split; costs are MACs as shares of the plain backbone's.
+        search_kwargs: For [`genetic_search`], where nothing is wished for: `beta`, `seed`, `generations` and so on.
+            The baseline is the deepest exit's accuracy on the split.
 
     Returns:
-        [`ExitConfig`]: to be set as `model.exit_config`. Its `search` says how the thresholds were found.
+        [`ExitConfig`]: to be set as `model.exit_config`. Its `search` says how the thresholds were found, its
+        `guarantee` what was certified.
+
+    Raises:
+        `ValueError`: if no policy fulfils the wish (the message says what the best can do); if the split is too small,
+            has one class or confidences that are all equal, was trained on or searched on before; if a table is of
+            other weights; or if wishes contradict each other.
+        `CannotCertifyError`: if the guarantee does not hold on the images to certify on. It says how many would do.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ScanConfig, ScanForImageClassification, calibrate
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2)).eval()
+    >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(64)]
+    >>> model.exit_config = calibrate(model, images, max_accuracy_drop=0.5)
+    >>> model.exit_config.search["accuracy"] >= model.exit_config.search["baseline_accuracy"] - 0.005
+    True
+    ```
     """
-    table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, split)
-    num_exits = model.num_exits
-    rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
-    scores, correct = table.columns(rule)
-    columns = num_exits + (fallback != "deepest")
-    costs = np.array(count_macs(model).relative()[:columns])
-    baseline = float(correct[:, num_exits - 1].mean())
-    settings = {"beta": 0.5, "seed": 0, **search_kwargs}
-    found = genetic_search(scores[:, :columns], correct[:, :columns], costs, baseline_accuracy=baseline, **settings)
-    settings.pop("progress", None)
-    search = {
-        "method": "genetic",
-        **settings,
-        "split": table.split,
-        "n": len(table.labels),
-        "fingerprint": table.fingerprint,
-        "baseline_accuracy": baseline,
-        "accuracy": found.accuracy,
-        "cost": found.cost,
-        "cost_unit": "MACs, computed, as a share of the plain backbone's",
+    wishes = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_accuracy": min_accuracy,
+        "max_latency_ms": max_latency_ms,
+        "max_macs": max_macs,
+        "speedup": speedup,
     }
-    return rule.update(thresholds=found.thresholds, search=search)
+    wish = {name: value for name, value in wishes.items() if value is not None}
+    _check_wish(wish, latency, guarantee, certify_dataset, search_kwargs)
+    rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
+    prices = Prices.of(model, batch_size, macs="max_macs" in wish, milliseconds="max_latency_ms" in wish)
+
+    table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, split)
+    tables = [table]
+    if guarantee is not None:
+        if certify_dataset is None:
+            tables = list(table.halves((table.split, f"{table.split}, the half to certify")))
+        elif isinstance(certify_dataset, ExitTable):
+            tables.append(certify_dataset)
+        else:
+            tables.append(collect_exit_logits(model, certify_dataset, "certify"))
+    check_apart(model, tables)
+    for one in tables:
+        check_usable(one, rule)
+
+    table = tables[0]
+    if not wish and guarantee is None:
+        thresholds, settings = _genetic(table, rule, prices, search_kwargs)
+        found = {"method": "genetic", **settings}
+    else:
+        found = {"method": "exact frontier", **wish, **({"latency": latency} if "max_latency_ms" in wish else {})}
+        frontier = _wished(table, rule, prices, wish, latency, guarantee)
+        row = 0
+        if guarantee is not None:
+            certificate = _certified(tables[1], rule, frontier.thresholds, guarantee)
+            row = certificate.policy
+        thresholds = _as_list(frontier.thresholds[row])
+    known = {"trained_on": model.exit_config.trained_on, "costs": model.exit_config.costs}
+    config = rule.update(thresholds=thresholds, **known)
+    search = {**found, **_facts(table), **_outcome(table, config, prices)}
+    config = config.update(search=search, reference=_reference(table, config))
+    if guarantee is not None:
+        config = config.update(guarantee={**certificate.to_dict(), **_facts(tables[1])})
+    return config
+
+
+def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound: RiskBound) -> ExitConfig:
+    """
+    Certifies the thresholds that a model has, wherever they come from, on images that had no part in choosing them.
+
+    Args:
+        model ([`ScanForImageClassification`]): With its exit configuration.
+        dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or their logits.
+        bound ([`RiskBound`]): What is to be guaranteed.
+
+    Returns:
+        [`ExitConfig`]: the model's, with a `guarantee`.
+
+    Raises:
+        `CannotCertifyError`: if the guarantee does not hold. It says how many images would do.
+        `ValueError`: as [`calibrate`], and if the thresholds were searched on these images.
+    """
+    config = model.exit_config
+    thresholds = config.resolve(model.num_exits)
+    table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, "certify")
+    check_apart(model, [table])
+    check_usable(table, config)
+    if config.search is not None and config.search.get("fingerprint") == table.fingerprint:
+        raise ValueError(
+            f"The thresholds were searched on the {table.split!r} split itself, where they are at their best; a "
+            "guarantee needs images that had no part in it."
+        )
+    policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
+    certificate = _certified(table, config, policy, bound)
+    return config.update(guarantee={**certificate.to_dict(), **_facts(table)})
+
+
+def _check_wish(
+    wish: dict[str, float],
+    latency: str,
+    guarantee: RiskBound | None,
+    certify_dataset: Any,
+    search_kwargs: dict[str, Any],
+) -> None:
+    if len(wish) > 1:
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in wish)} are given; expected one wish at a time.")
+    if (wish or guarantee is not None) and search_kwargs:
+        raise TypeError(
+            f"{sorted(search_kwargs)} are for the genetic search, which is for when nothing is wished for."
+        )
+    if certify_dataset is not None and guarantee is None:
+        raise ValueError(
+            "`certify_dataset` is given without a `guarantee`; pass one such as `RiskBound(max_drop=1.0)`."
+        )
+    if latency not in ("mean", "p95"):
+        raise ValueError(f"`latency` is {latency!r}; expected 'mean' or 'p95'.")
+    for name, value in wish.items():
+        if name == "min_accuracy" and not 0 < value <= 1:
+            raise ValueError(f"`min_accuracy` is {value}; expected a share in (0, 1], such as 0.95.")
+        if name == "max_accuracy_drop" and not -100 <= value <= 100:
+            raise ValueError(f"`max_accuracy_drop` is {value}; expected points, such as 0.5.")
+        if name in ("max_latency_ms", "max_macs", "speedup") and not 0 < value < float("inf"):
+            raise ValueError(f"`{name}` is {value}; expected a number above 0.")
+
+
+def _genetic(
+    table: ExitTable, rule: ExitConfig, prices: Prices, search_kwargs: dict[str, Any]
+) -> tuple[list[float | None], dict[str, Any]]:
+    scores, predictions = table.columns(rule)
+    columns = num_columns(table, rule)
+    correct = (predictions == table.labels[:, None])[:, :columns]
+    baseline = float(correct[:, table.num_exits - 1].mean())
+    settings = {"beta": 0.5, "seed": 0, **search_kwargs}
+    costs = prices.cumulative(rule)[:columns] / prices.plain_image
+    found = genetic_search(scores[:, :columns], correct, costs, baseline_accuracy=baseline, **settings)
+    settings.pop("progress", None)
+    return list(found.thresholds[:-1]), settings
+
+
+def _wished(
+    table: ExitTable,
+    rule: ExitConfig,
+    prices: Prices,
+    wish: dict[str, float],
+    latency: str,
+    guarantee: RiskBound | None,
+) -> Frontier:
+    """The policies of the frontier that fulfil the wish; the first is the one to take, if it need not be certified."""
+    disagreement = guarantee is not None and guarantee.loss == "disagreement"
+    truth = table.deepest if disagreement else table.labels
+    name, value = next(iter(wish.items()), ("", 0.0))
+    if name == "max_latency_ms" and latency == "p95":
+
+        def costs_of(config: ExitConfig) -> np.ndarray:
+            # At most 5 % of the images may cost more than the limit; how much more, only breaks ties.
+            cumulative = prices.cumulative(config)
+            return (cumulative > value) + TIE * cumulative / cumulative[-1]
+
+        frontier = exit_frontier(table, rule, costs_of, truth)
+        fits = frontier.cost <= 0.05 + TIE
+        best = f"at least {frontier.cost.min():.1%} of the images take longer"
+    else:
+        frontier = exit_frontier(table, rule, prices.cumulative, truth)
+        if prices.images > 1:
+            # The frontier counts full batches; what is left of one takes longer.
+            frontier = _thinned(frontier)
+            outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
+            cost = np.array([prices.mean(config, shares.tolist()) for config, _, shares in outcomes])
+            frontier = Frontier(frontier.accuracy, cost, frontier.thresholds)
+            frontier = frontier.select(undominated(frontier.accuracy, cost))
+        accuracy = frontier.accuracy
+        if disagreement and name in ACCURACY_WISHES:
+            frontier = _thinned(frontier)
+            outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
+            accuracy = np.array([(predictions == table.labels).mean() for _, predictions, _ in outcomes])
+        baseline = float((table.deepest == table.labels).mean())
+        if not name:
+            fits, best = np.ones(len(frontier), dtype=bool), ""
+        elif name in ACCURACY_WISHES:
+            fits = accuracy >= (value if name == "min_accuracy" else baseline - value / 100) - 1e-12
+            highest = accuracy.max()
+            best = f"the highest accuracy is {highest:.2%}, {100 * (baseline - highest):+.2f} points of drop"
+        else:
+            least, unit = frontier.cost.min(), prices.unit.split(",")[0]
+            fits = frontier.cost <= (prices.plain_image / value if name == "speedup" else value) * (1 + 1e-12)
+            times = prices.plain_image / least
+            best = f"the least is {least:.5g} {unit} for an image, {times:.2f} times as fast as the plain backbone"
+    if not fits.any():
+        raise ValueError(f"No thresholds reach `{name}={value:g}` on this split: {best}.")
+    frontier = frontier.select(fits)
+    if name and name not in ACCURACY_WISHES:
+        return frontier.select(np.array([-1]))  # the most accurate
+    if guarantee is None:
+        return frontier.select(np.array([0]))  # the cheapest
+    # What does not keep the bound here is not worth a test there; the safest is tested in any case.
+    compared = baseline if guarantee.loss == "gap" else 1.0
+    hopeful = compared - frontier.accuracy <= guarantee.max_drop / 100
+    hopeful[-1] = True
+    return _thinned(frontier.select(hopeful))
+
+
+ACCURACY_WISHES = ("max_accuracy_drop", "min_accuracy")
+TIE = 1e-6
+# Policies of a frontier that are looked at one by one.
+MOST_POLICIES = 200
+
+
+def _thinned(frontier: Frontier) -> Frontier:
+    return frontier.select(np.unique(np.linspace(0, len(frontier) - 1, MOST_POLICIES, dtype=int)))
+
+
+def _certified(table: ExitTable, rule: ExitConfig, policies: np.ndarray, bound: RiskBound) -> Certificate:
+    truth = table.deepest if bound.loss == "disagreement" else table.labels
+    right = (_leaving(table, rule, thresholds)[1] == truth for thresholds in reversed(policies))
+    return certify_answers(right, bound, table.deepest == table.labels, len(policies))
+
+
+def _leaving(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> tuple[ExitConfig, np.ndarray, np.ndarray]:
+    """A policy as a configuration, the classes it answers, and the shares that leave at each exit and at none."""
+    config = rule.update(thresholds=_as_list(thresholds))
+    exit_logits = torch.from_numpy(table.logits).unbind(dim=1)
+    predictions = apply_exit_rule(exit_logits, config).logits.argmax(dim=-1).numpy()
+    return config, predictions, np.bincount(_left_at(table, config), minlength=table.num_exits + 1) / len(table)
+
+
+def _left_at(table: ExitTable, config: ExitConfig) -> np.ndarray:
+    # What answers with the most confident of all exits, or with the deepest, has left at none of them.
+    return apply_exit_rule(
+        torch.from_numpy(table.logits).unbind(dim=1), config.update(fallback="ensemble")
+    ).exit_index.numpy()
+
+
+def _as_list(thresholds: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(threshold) else float(threshold) for threshold in thresholds]
+
+
+def _facts(table: ExitTable) -> dict[str, Any]:
+    return {"split": table.split, "n": len(table), "fingerprint": table.fingerprint}
+
+
+def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, Any]:
+    """What a configuration gives on a split."""
+    answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
+    left_at = _left_at(table, config)
+    shares = np.bincount(left_at, minlength=table.num_exits + 1) / len(table)
+    cost = prices.mean(config, shares.tolist())
+    outcome: dict[str, Any] = {
+        "baseline_accuracy": float((table.deepest == table.labels).mean()),
+        "accuracy": float((answers.logits.argmax(dim=-1).numpy() == table.labels).mean()),
+        "cost": cost / prices.plain_image,
+        "cost_unit": f"{prices.unit}, as a share of the plain backbone's",
+    }
+    if prices.measured is not None:
+        each = prices.cumulative(config)[left_at]
+        outcome["milliseconds"] = {"mean": cost, "p95": float(np.quantile(each, 0.95, method="inverted_cdf"))}
+    return outcome
+
+
+def _reference(table: ExitTable, config: ExitConfig) -> dict[str, Any]:
+    """Where samples left and how sure they were, as counts: a row for each exit and the last answer."""
+    answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
+    return {"bins": CONFIDENCE_BINS, "counts": count_answers(answers, table.num_exits, CONFIDENCE_BINS).tolist()}

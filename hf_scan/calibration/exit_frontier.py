@@ -1,0 +1,101 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""The frontier of a network: over all thresholds, and over which exits are switched off."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ..adaptive import ExitConfig
+from .exit_table import ExitTable
+from .frontier import Frontier, exact_frontier, polished, undominated
+
+
+# With more early exits than these, those combinations are tried that leave few of them on.
+ALL_COMBINATIONS = 5
+FEW = 3
+# Policies on the grids of all combinations together, and on the grid of one.
+MOST_POLICIES = 4_000_000
+MOST_POLICIES_EACH = 1_000_000
+
+
+def exit_frontier(
+    table: ExitTable,
+    exit_config: ExitConfig,
+    costs_of: Callable[[ExitConfig], Sequence[float] | np.ndarray],
+    truth: np.ndarray | None = None,
+) -> Frontier:
+    """
+    Finds the best accuracy for every cost, as [`exact_frontier`] does, over every way of switching exits off besides:
+    an exit that is off costs nothing, and the ensemble does without it.
+
+    With more than five early exits, only those combinations are tried that leave at most three of them on, and the one
+    that leaves all on.
+
+    Args:
+        table ([`ExitTable`]): The logits to search on.
+        exit_config ([`ExitConfig`]): Criterion, temperatures and fallback.
+        costs_of (`Callable`): Gives the cumulative cost of each exit and of the last answer, `(num_exits + 1,)`, for a
+            configuration in which some exits are off.
+        truth (`np.ndarray` of shape `(n,)`, *optional*): The classes that count as right. Defaults to the labels.
+
+    Returns:
+        [`Frontier`]: with a threshold for each exit that can be left at; NaN for those that are off.
+    """
+    truth = table.labels if truth is None else truth
+    last = num_columns(table, exit_config) - 1
+    combinations = list(_combinations(table.num_exits - 1))
+    problems, found = [], []
+    for exits_on in combinations:
+        thresholds = [0.5 if index in exits_on else None for index in range(table.num_exits - 1)]
+        config = exit_config.update(thresholds=thresholds)
+        columns = sorted({*exits_on, table.num_exits - 1, last})
+        scores, predictions = table.columns(config)
+        right = predictions[:, columns] == truth[:, None]
+        problem = (scores[:, columns], right, np.asarray(costs_of(config), dtype=float)[columns])
+        problems.append(problem)
+        found.append(_rough(*problem, min(MOST_POLICIES_EACH, MOST_POLICIES // len(combinations))))
+    origins, rows = _merged(found)
+    for index, problem in enumerate(problems):
+        chosen = rows[origins == index]
+        if len(chosen) and len(problem[2]) > 1:
+            moved = polished(*problem, found[index].thresholds[chosen])
+            found[index] = Frontier.of(*problem, np.concatenate([found[index].thresholds, moved]))
+    origins, rows = _merged(found)
+    policies = np.full((len(rows), last), np.nan)
+    accuracy, cost = np.empty(len(rows)), np.empty(len(rows))
+    for policy, (index, row) in enumerate(zip(origins, rows)):
+        columns = sorted({*combinations[index], table.num_exits - 1, last})
+        accuracy[policy], cost[policy] = found[index].accuracy[row], found[index].cost[row]
+        policies[policy, columns[:-1]] = found[index].thresholds[row, :-1]
+    return Frontier(accuracy, cost, policies)
+
+
+def num_columns(table: ExitTable, exit_config: ExitConfig) -> int:
+    """How many answers a sample can get: one for each exit, and one for a fallback that is not the deepest exit's."""
+    return table.num_exits + (exit_config.fallback != "deepest")
+
+
+def _combinations(early: int) -> Iterator[tuple[int, ...]]:
+    """Which early exits are on."""
+    most = early if early <= ALL_COMBINATIONS else FEW
+    for count in range(most + 1):
+        yield from itertools.combinations(range(early), count)
+    if most < early:
+        yield tuple(range(early))
+
+
+def _rough(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, max_policies: int) -> Frontier:
+    if len(costs) == 1:  # the deepest exit answers everything
+        return Frontier.of(confidences, correct, costs, np.zeros((1, 1)))
+    return exact_frontier(confidences, correct, costs, max_policies, polish=False)
+
+
+def _merged(found: list[Frontier]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the policies of several frontiers, those that no other beats: which frontier's, and which row."""
+    accuracy = np.concatenate([frontier.accuracy for frontier in found])
+    cost = np.concatenate([frontier.cost for frontier in found])
+    origin = np.concatenate([np.full(len(frontier), index) for index, frontier in enumerate(found)])
+    row = np.concatenate([np.arange(len(frontier)) for frontier in found])
+    kept = undominated(accuracy, cost)
+    return origin[kept], row[kept]

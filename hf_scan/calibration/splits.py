@@ -1,0 +1,80 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What a split must be like for thresholds to be searched or certified on it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..adaptive import ExitConfig
+from .exit_table import ExitTable
+
+
+if TYPE_CHECKING:
+    from ..modeling_scan import ScanForImageClassification
+
+# With fewer, the accuracy of a policy is known to no better than ten points and more.
+LEAST_SAMPLES = 20
+# Datasets hold some images twice. Splits that share more than this were not kept apart.
+SHARED_BY_CHANCE = 0.01
+
+
+def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
+    """
+    Raises:
+        `ValueError`: if the split is too small, has one class, or its scores are not finite or all equal.
+    """
+    name = f"The {table.split!r} split"
+    if len(table) < LEAST_SAMPLES:
+        raise ValueError(
+            f"{name} has {len(table)} samples; thresholds need at least {LEAST_SAMPLES}, and better 1,000."
+        )
+    classes = np.unique(table.labels)
+    if len(classes) == 1:
+        raise ValueError(
+            f"{name} has samples of one class only, {int(classes[0])}; thresholds need samples as they come in use. "
+            "Was the split taken from a dataset that is sorted by class?"
+        )
+    if not np.isfinite(table.logits).all():
+        bad = int((~np.isfinite(table.logits).all(axis=(1, 2))).sum())
+        raise ValueError(
+            f"{name} has logits that are not finite, for {bad} of {len(table)} samples. Check the weights and images."
+        )
+    scores, _ = table.columns(exit_config)
+    if (np.ptp(scores[:, :-1], axis=0) == 0).all():
+        raise ValueError(
+            f"{name} has the same score for every sample at each exit, so that no threshold can tell them apart. Is "
+            "the network trained?"
+        )
+
+
+def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]) -> None:
+    """
+    Raises:
+        `ValueError`: if a table is of other weights than the model's, or of images that the model was trained on, or
+            two of them share images.
+    """
+    fingerprint = model.fingerprint()
+    trained_on = (model.exit_config.trained_on or "").split()
+    for table in tables:
+        if table.model != fingerprint:
+            raise ValueError(
+                f"The table of the {table.split!r} split is of other weights than the model's: {table.model[:12]}... "
+                f"instead of {fingerprint[:12]}... Make one with `collect_exit_logits(model, ...)`."
+            )
+        known = set(table.samples.tolist())
+        shared = sum(int(digest, base=16) in known for digest in trained_on)
+        if shared > SHARED_BY_CHANCE * len(trained_on):
+            raise ValueError(
+                f"The network was trained on the {table.split!r} split, or a part of it: {shared} of "
+                f"{len(trained_on)} images that it remembers are there. There it is surer, and more often right, "
+                "than it will be; use images that it has not seen."
+            )
+    for index, table in enumerate(tables):
+        for other in tables[:index]:
+            shared = len(np.intersect1d(table.samples, other.samples))
+            if shared > SHARED_BY_CHANCE * min(len(table), len(other)):
+                raise ValueError(
+                    f"The {other.split!r} and {table.split!r} splits share {shared} images; thresholds have to be "
+                    "certified on images that did not choose them."
+                )
