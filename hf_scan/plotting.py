@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +14,7 @@ from .exit_criteria import confidence_of
 
 
 if TYPE_CHECKING:
+    from .calibration import Frontier
     from .modeling_scan import ScanForImageClassification
 
 
@@ -135,6 +137,93 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_frontier(
+    frontier: "Frontier",
+    path: str | Path,
+    unit: str,
+    shared: "Frontier | None" = None,
+    points: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
+    """
+    Draws accuracy over cost: the best that thresholds can do, the best that one threshold for all exits can do, and
+    single points such as the policy that was chosen.
+
+    Args:
+        frontier ([`~hf_scan.calibration.Frontier`]): From [`~hf_scan.calibration.exit_frontier`].
+        path (`str` or `Path`): The picture to write; its ending gives the format.
+        unit (`str`): What the cost counts.
+        shared ([`~hf_scan.calibration.Frontier`], *optional*): From
+            [`~hf_scan.calibration.shared_threshold_frontier`].
+        points (`Mapping[str, tuple[float, float]]`, *optional*): Accuracy in [0, 1] and cost, by name.
+    """
+    figure = _figure(6.4, 4.4)
+    axis = figure.subplots()
+    axis.plot(frontier.cost, 100 * frontier.accuracy, label="a threshold for each exit, or none")
+    if shared is not None:
+        axis.plot(shared.cost, 100 * shared.accuracy, "--", color="grey", label="one threshold for all exits")
+    for index, (name, (accuracy, cost)) in enumerate((points or {}).items()):
+        axis.plot([cost], [100 * accuracy], "oDs^v"[index % 5], color=f"C{index + 1}", label=name)
+    axis.set(xlabel=f"mean cost of an image, {unit}", ylabel="accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_exit_shares(shares: Mapping[str, Sequence[float]], names: Sequence[str], path: str | Path) -> None:
+    """
+    Draws how many samples each exit answers, a bar for each split.
+
+    Args:
+        shares (`Mapping[str, Sequence[float]]`): Of each split, a share in [0, 1] for each name.
+        names (`Sequence[str]`): The exits, and what answers at last.
+        path (`str` or `Path`): The picture to write; its ending gives the format.
+    """
+    figure = _figure(1.4 * len(names) + 2, 3.6)
+    axis = figure.subplots()
+    width = 0.8 / len(shares)
+    for index, (split, values) in enumerate(shares.items()):
+        places = [place + (index - (len(shares) - 1) / 2) * width for place in range(len(names))]
+        bars = axis.bar(places, [100 * value for value in values], width, label=split)
+        axis.bar_label(bars, fmt="%.1f", fontsize=8)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("answered here, % of the images")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_reliability(
+    confidences: np.ndarray, correct: np.ndarray, names: Sequence[str], path: str | Path, bins: int = 10
+) -> None:
+    """
+    Draws, for each exit, how often it is right at each confidence. On the diagonal, confidence says how often. The
+    bars show how many samples there are.
+
+    Source: reliability diagrams and the expected calibration error (ECE) as in Guo et al., "On Calibration of Modern
+    Neural Networks", ICML 2017.
+
+    Args:
+        confidences (`np.ndarray` of shape `(n, columns)`): In [0, 1].
+        correct (`np.ndarray` of shape `(n, columns)`): Whether the answers are right.
+        names (`Sequence[str]`): What the columns are.
+        path (`str` or `Path`): The picture to write; its ending gives the format.
+        bins (`int`, *optional*, defaults to 10): Parts of equal width that confidences are put into.
+    """
+    figure = _figure(2.6 * len(names), 3.0)
+    places = np.minimum((confidences * bins).astype(int), bins - 1)
+    for column, (axis, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names)):
+        counts = np.bincount(places[:, column], minlength=bins)
+        filled = counts > 0
+        mean = np.bincount(places[:, column], confidences[:, column], bins)[filled] / counts[filled]
+        right = np.bincount(places[:, column], correct[:, column], bins)[filled] / counts[filled]
+        error = float((abs(mean - right) * counts[filled]).sum() / len(confidences))
+        axis.bar((np.arange(bins) + 0.5) / bins, counts / len(confidences), 0.9 / bins, color="lightgrey")
+        axis.plot([0, 1], [0, 1], ":", color="grey")
+        axis.plot(mean, right, "o-", markersize=3)
+        axis.set(title=f"{name}\nECE {100 * error:.1f} %", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+    figure.axes[0].set_ylabel("share right; grey: share of images")
     figure.savefig(path, dpi=120)
 
 

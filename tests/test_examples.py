@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_scan import ScanConfig, ScanForImageClassification
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
 
@@ -287,3 +287,48 @@ def test_quickstart(tmp_path):
     mean = sum(row["share"] * row["macs"] for row in rows if "share" in row)
     assert rows[-2]["macs"] == pytest.approx(mean, rel=1e-6)
     assert torch.isfinite(torch.tensor(list(metrics["speedup"].values()))).all()
+
+
+def test_calibrate(dataset_folder, tmp_path):
+    """What is wished for is found, tested, drawn and written; the folder stays a model, and what else is there stays."""
+    folder = tmp_path / "run"
+    run(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, folder))
+    before = json.loads((folder / "metrics.json").read_text())
+    columns = ["--image_column", "img", "--label_column", "fine_label", "--holdout", "0.2"]
+    where = ["--model", folder, "--dataset_name", dataset_folder, *columns]
+    output = run(sys.executable, EXAMPLES / "calibrate.py", *where, "--max_accuracy_drop", "10", "--batch_size", "2")
+    config = ExitConfig.from_pretrained(folder)
+    assert config.search["max_accuracy_drop"] == 10
+    assert config.search["cost_unit"].startswith("milliseconds, measured in batches of 2")
+    assert f"search, fingerprint: {config.search['fingerprint']}" in output
+    assert (folder / "checkpoint-20").is_dir()
+    for name in ("frontier.png", "exits.png", "reliability.png", "training.png"):
+        assert PILImage.open(folder / name).width > 300
+    after = json.loads((folder / "metrics.json").read_text())
+    assert after["splits"] == before["splits"]
+    assert after["rows"][2]["accuracy"] == before["rows"][2]["accuracy"]
+    assert "exact frontier" in (folder / "README.md").read_text()
+
+    fast = [
+        "--max_macs",
+        "7e6",
+        "--no_measure",
+        "--exit_config_name",
+        "exit_config_fast.json",
+        "--fallback",
+        "deepest",
+    ]
+    run(sys.executable, EXAMPLES / "calibrate.py", *where, *fast)
+    found = ExitConfig.from_pretrained(folder, "exit_config_fast.json")
+    assert (found.search["max_macs"], found.fallback) == (7e6, "deepest")
+    assert ExitConfig.from_pretrained(folder) == config
+    assert json.loads((folder / "metrics.json").read_text()) == after
+    model = AutoModelForImageClassification.from_pretrained(folder, exit_config=found)
+    assert model.exit_config == found
+
+    # Half of the train split was trained on for the most part, and so is refused; nothing is written.
+    error = run(sys.executable, EXAMPLES / "calibrate.py", *where, "--holdout", "0.5", fails=True)
+    assert "was trained on the 'search' split" in error
+    error = run(sys.executable, EXAMPLES / "calibrate.py", *where, "--guarantee", "1.0", "--no_measure", fails=True)
+    assert "thresholds need at least 20" in error
+    assert ExitConfig.from_pretrained(folder) == config

@@ -1,0 +1,191 @@
+"""Find the thresholds of a trained network for what you may lose or spend, test them, and write them beside it.
+
+    python examples/calibrate.py --model runs/cifar100 --dataset_name uoft-cs/cifar100 --image_column img \
+        --label_column fine_label --max_accuracy_drop 0.5
+    python examples/calibrate.py --model runs/cifar100 ... --max_latency_ms 3 --latency p95
+    python examples/calibrate.py --model runs/cifar100 ... --guarantee 1.0 --delta 0.05
+    python examples/calibrate.py --model runs/cifar100 ... --speedup 2 --exit_config_name exit_config_fast.json
+
+`--model` is a folder, such as `examples/train.py` writes, or a repository on the Hub. Thresholds are found on the
+images that training kept for that (`--holdout`, with the seed of the run); a guarantee takes half of them. Costs are
+milliseconds, measured here first; `--no_measure` counts MACs, unless the network was measured before. The test split
+chooses nothing.
+
+Writes the exit configuration, `frontier.png`, `exits.png` and `reliability.png`, and, for the network's own
+`exit_config.json`, its card and `metrics.json` anew.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from train import DataArguments, load_splits, title
+from transformers import AutoImageProcessor, HfArgumentParser
+
+from hf_scan import ExitMonitor, RiskBound, ScanForImageClassification, apply_exit_rule, calibrate, measure_costs
+from hf_scan.adaptive import EXIT_CONFIG_NAME
+from hf_scan.calibration import (
+    ExitTable,
+    collect_exit_logits,
+    exit_frontier,
+    oracle_policy,
+    shared_threshold_frontier,
+)
+from hf_scan.calibration.prices import Prices
+from hf_scan.costs import count_macs, describe_machine
+from hf_scan.data import eval_transform
+from hf_scan.folders import check_replaceable, replaced_folder
+from hf_scan.metrics import ScanAccuracy
+from hf_scan.model_card import create_model_card
+from hf_scan.plotting import plot_exit_shares, plot_frontier, plot_reliability
+from hf_scan.report import exit_report, exit_table
+
+
+@dataclass
+class CalibrationArguments:
+    """What is wished for, and where the result goes."""
+
+    model: str = field(metadata={"help": "A folder with a trained network, or a repository on the Hub."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write into. Defaults to the model's."})
+    exit_config_name: str = field(
+        default=EXIT_CONFIG_NAME, metadata={"help": "File to write: another name keeps another operating point."}
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={"help": "Of the run that trained it, which divided the images. Defaults to what it wrote."},
+    )
+    max_accuracy_drop: float | None = field(
+        default=None, metadata={"help": "Points that may be lost against the deepest exit."}
+    )
+    min_accuracy: float | None = field(default=None, metadata={"help": "Least accuracy, from 0 to 1."})
+    max_latency_ms: float | None = field(default=None, metadata={"help": "Most milliseconds for an image."})
+    latency: str = field(default="mean", metadata={"help": "'mean', or 'p95': what 95 %% of the images keep to."})
+    max_macs: float | None = field(default=None, metadata={"help": "Most MACs for an image in the mean."})
+    speedup: float | None = field(default=None, metadata={"help": "Least speed-up over the plain backbone."})
+    guarantee: float | None = field(default=None, metadata={"help": "Points that are certified not to be exceeded."})
+    delta: float = field(default=0.05, metadata={"help": "Probability with which the guarantee may be wrong."})
+    loss: str = field(
+        default="gap", metadata={"help": "What is guaranteed: 'gap' in accuracy, 'disagreement' or 'error'."}
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={"help": "Without a wish: acceleration that a point of accuracy is worth in the genetic search."},
+    )
+    fallback: str = field(default="ensemble", metadata={"help": "'ensemble', 'deepest' or 'most_confident'."})
+    criterion: str = field(default="confidence", metadata={"help": "What a score is; see `ExitConfig`."})
+    measure: bool = field(default=True, metadata={"help": "Measure first what the exits cost here."})
+    batch_size: int = field(default=1, metadata={"help": "Images at a time that costs are measured for."})
+
+    def wish(self) -> dict[str, Any]:
+        """As arguments of `calibrate`."""
+        names = ("max_accuracy_drop", "min_accuracy", "max_latency_ms", "max_macs", "speedup")
+        wish: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.max_latency_ms is not None:
+            wish["latency"] = self.latency
+        if self.guarantee is not None:
+            wish["guarantee"] = RiskBound(self.guarantee, self.delta, self.loss)  # type: ignore[arg-type]
+        return wish or {"beta": self.beta, "seed": self.seed or 0}
+
+
+def score(model: ScanForImageClassification, table: ExitTable) -> dict[str, float]:
+    """Accuracy of every exit and of the adaptive answers, with shares and mean cost in MACs, as the Trainer's."""
+    config = model.exit_config
+    confidences, predictions = table.columns(config)
+    return ScanAccuracy().compute(
+        predictions=predictions,
+        confidences=confidences,
+        references=table.labels,
+        thresholds=config.thresholds,
+        fallback=config.fallback,
+        costs=count_macs(model).relative(config),
+    )
+
+
+def draw(model: ScanForImageClassification, search: ExitTable, test: ExitTable, prices: Prices, folder: Path) -> None:
+    """The frontier with the chosen policy, where samples leave, and how far confidences can be trusted."""
+    config = model.exit_config
+    last = "most confident" if config.fallback == "most_confident" else "ensemble"
+    names = [*(f"exit {index}" for index in range(model.num_exits)), last]
+    frontier = exit_frontier(search, config, prices.cumulative)
+    every = config.update(thresholds=[0.5] * (model.num_exits - 1))
+    scores, predictions = search.columns(every)
+    columns = model.num_exits + (config.fallback != "deepest")
+    right = (predictions == search.labels[:, None])[:, :columns]
+    costs = prices.cumulative(every)[:columns]
+    points = {
+        "chosen": (config.search["accuracy"], config.search["cost"] * prices.plain_image) if config.search else (0, 0),
+        "deepest exit, without the others": (float((search.deepest == search.labels).mean()), prices.plain_image),
+        "oracle: leaves at the first exit that is right": oracle_policy(right, costs),
+    }
+    unit = prices.unit.split(":")[0]
+    shared = shared_threshold_frontier(scores[:, :columns], right, costs)
+    plot_frontier(frontier, folder / "frontier.png", f"{unit} ({search.split} split)", shared, points)
+
+    answers = apply_exit_rule(torch.from_numpy(test.logits).unbind(1), config)
+    monitor = ExitMonitor(model)
+    monitor.update(answers)
+    shares = {search.split: monitor.exit_shares_at_calibration, test.split: monitor.exit_shares}
+    plot_exit_shares(shares, names, folder / "exits.png")
+    confidences, predictions = test.columns(config.update(criterion="confidence"))
+    plot_reliability(confidences, predictions == test.labels[:, None], names, folder / "reliability.png")
+
+
+def main() -> None:
+    parser = HfArgumentParser((DataArguments, CalibrationArguments), description=__doc__.splitlines()[0])
+    data, arguments = parser.parse_args_into_dataclasses()
+    if not data.holdout:
+        raise ValueError("`--holdout` is 0; thresholds need images that training did not see.")
+    model = ScanForImageClassification.from_pretrained(arguments.model).eval()
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    folder = Path(arguments.output_dir or arguments.model)
+    check_replaceable(folder, keep=["*"])
+    written = Path(arguments.model, "metrics.json")
+    facts: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    arguments.seed = facts.get("seed", 0) if arguments.seed is None else arguments.seed
+    splits = load_splits(data, arguments.seed, validate="validation" in facts.get("splits", {}))
+    search, test = (
+        collect_exit_logits(model, splits[name].with_transform(eval_transform(processor)), name)
+        for name in ("search", "test")
+    )
+    if arguments.measure:
+        print(f"Measuring the exits in batches of {arguments.batch_size}", flush=True)
+        costs = measure_costs(model.to(memory_format=torch.channels_last), arguments.batch_size)
+        model.exit_config = model.exit_config.update(costs=costs.to_dict())
+
+    wish = arguments.wish()
+    settings = {"fallback": arguments.fallback, "criterion": arguments.criterion, "batch_size": arguments.batch_size}
+    model.exit_config = calibrate(model, search, **settings, **wish)
+    scores = score(model, test)
+    rows = {row["name"]: row for row in facts.get("rows", [])}
+    plain_accuracy = rows.get("plain backbone", {}).get("accuracy")
+    report = exit_report(model, scores, plain_accuracy=plain_accuracy)
+    facts = {
+        "dataset": title(data.dataset_name),
+        "seed": arguments.seed,
+        "machine": describe_machine(model.device),
+        **{name: value for name, value in facts.items() if name not in ("rows", "speedup")},
+        "splits": {name: len(split) for name, split in splits.items()},
+    }
+
+    print(f"\n{len(test)} test images of {facts['dataset']}, seed {arguments.seed}")
+    print(exit_table(report))
+    deepest = scores["accuracy"]
+    print(f"drop against the deepest exit there: {100 * (deepest - scores['adaptive_accuracy']):+.2f} points")
+    for name, values in (("search", model.exit_config.search), ("guarantee", model.exit_config.guarantee)):
+        for key, value in (values or {}).items():
+            print(f"{name}, {key}: {value}")
+
+    prices = Prices.of(model, arguments.batch_size, macs="max_macs" in wish)
+    with replaced_folder(folder, keep=["*"]) as new:
+        draw(model, search, test, prices, new)
+        model.exit_config.save_pretrained(new, arguments.exit_config_name)
+        if arguments.exit_config_name == EXIT_CONFIG_NAME:
+            (new / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
+            create_model_card(model, report, facts, model_name=arguments.model).save(new / "README.md")
+    print(f"Written to {folder}: {arguments.exit_config_name}, frontier.png, exits.png, reliability.png")
+
+
+if __name__ == "__main__":
+    main()
