@@ -6,8 +6,8 @@
 
 `--model`, `--plain` and `--smaller` are folders that `examples/train.py` wrote (the first without, the others with
 `--plain`); the quickstart's model is measured on its digits. Thresholds are found on the split that the model's run
-kept for that, for several weights of accuracy; accuracies are those of the whole test split, times are of its first
-images, each contender in turns, medians over rounds. Writes a table, a plot and a JSON file. For `earlyon`:
+kept for that, from costs that are measured here first; accuracies are those of the whole test split, times are of its
+first images, each contender in turns, medians over rounds. Writes a table, a plot and a JSON file. For `earlyon`:
 `pip install earlyon`.
 """
 
@@ -77,7 +77,7 @@ from hf_scan.exit_criteria import confidence_of
 BATCH_SIZES = (1, 8, 64)
 THREADS = (1, 2)
 DROPS = (0.0, 0.5, 1.0)  # points that an operating point may lose on the search split
-BETAS = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 100.0)
+TUNED_FOR = (1, 64)  # batch sizes that operating points are found for
 SPLITS = ("search", "test")
 
 
@@ -93,6 +93,7 @@ class Contender:
             computed from logits.
         networks (`tuple[nn.Module, ...]`): What it is made of.
         answer (`Callable`): Takes a batch; with `stream`, all of them.
+        batch_sizes (`tuple[int, ...]`): Those that it is for.
         milliseconds (`dict[str, float]`): For one image, by threads and batch size; measured later.
     """
 
@@ -102,6 +103,7 @@ class Contender:
     networks: tuple[nn.Module, ...]
     answer: Callable[[Any], Any]
     stream: bool = False
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
     milliseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -149,9 +151,12 @@ class Networks:
         if arguments.plain is not None:
             self.plain, self.plain_logits = self.load(arguments.plain)
         self.smaller, self.smaller_logits = (None, {}) if arguments.smaller is None else self.load(arguments.smaller)
-        self.points = {f"{drop} points": self.operating_point(drop, "ensemble", "deepest") for drop in DROPS}
-        if self.model.exit_config.thresholds is not None:
-            self.points["its own"] = self.model.exit_config
+        self.own = self.model.exit_config
+        costs = measure_costs(self.model, batch_size=max(BATCH_SIZES), threads=1)
+        self.model.exit_config = self.own.update(costs=costs.to_dict())
+        # What an exit costs for a single image, beside what it saves, it does not cost in a batch.
+        wanted = [(drop, size) for drop in DROPS for size in TUNED_FOR]
+        self.points = {(drop, size): self.operating_point(drop, size, "ensemble", "deepest") for drop, size in wanted}
 
     def load(self, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         network = TimmWrapperForImageClassification.from_pretrained(folder).timm_model.eval()
@@ -186,23 +191,24 @@ class Networks:
         """The plain network's accuracy on the search split."""
         return float((self.plain_logits["search"].argmax(-1) == self.labels["search"]).float().mean())
 
-    def operating_point(self, drop: float, *fallbacks: str) -> ExitConfig | None:
-        """The cheapest, of those that the search finds for several weights of accuracy, whose accuracy on the search
-        split is at most `drop` points below the plain network's."""
+    def operating_point(self, drop: float, batch_size: int, *fallbacks: str) -> ExitConfig | None:
+        """What takes the least time in batches of a size, of what is at most `drop` points below the plain network on
+        the search split."""
         best = None
         for fallback in fallbacks:
-            for beta in BETAS:
+            try:
                 point = calibrate(
                     self.model,
                     self.tables["search"],
+                    min_accuracy=self.baseline - drop / 100,
+                    batch_size=batch_size,
                     fallback=fallback,
-                    beta=beta,
-                    threshold_range=0.9,
-                    progress=False,
                 )
-                fits = 100 * (self.baseline - point.search["accuracy"]) <= drop + 1e-9
-                if fits and (best is None or point.search["cost"] < best.search["cost"]):
-                    best = point
+            except ValueError as error:  # nothing reaches it
+                print(error)
+                continue
+            if best is None or point.search["cost"] < best.search["cost"]:
+                best = point
         return best
 
 
@@ -247,21 +253,33 @@ def _static(name: str, right: dict[int, torch.Tensor], network: nn.Module, compi
 
 
 def adaptive_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
-    for name, point in networks.points.items():
+    for (drop, size), point in networks.points.items():
         if point is not None:
-            yield from _variants(f"hf_scan, {name}", networks, point, compiled)
+            sizes = tuple(other for other in BATCH_SIZES if (other == 1) == (size == 1))
+            yield from _variants(f"hf_scan, {drop} points", networks, point, compiled, f" at batch {size}", sizes)
+    if networks.own.thresholds is not None:
+        yield from _variants("hf_scan, its own", networks, networks.own, compiled)
 
 
 def _variants(
-    name: str, networks: Networks, point: ExitConfig, compiled: ScanForImageClassification | None
+    kind: str,
+    networks: Networks,
+    point: ExitConfig,
+    compiled: ScanForImageClassification | None,
+    suffix: str = "",
+    sizes: tuple[int, ...] = BATCH_SIZES,
 ) -> Iterator[Contender]:
     """Batch by batch and in a stream, compiled and not."""
     right = networks.right(apply_exit_rule(networks.exit_logits["test"], point).logits)
-    facts = (name, right, (networks.model,))
-    for model, suffix in ((networks.model, ""), (compiled, ", compiled")):
+    facts = (kind, right, (networks.model,))
+    together = tuple(size for size in sizes if size > 1)
+    for model, how in ((networks.model, ""), (compiled, ", compiled")):
         if model is not None:
-            yield Contender(name + suffix, *facts, partial(model.predict_adaptive, exit_config=point))
-            yield Contender(f"{name}{suffix}, refilled", *facts, partial(_stream, model, point), stream=True)
+            name = kind + suffix + how
+            yield Contender(name, *facts, partial(model.predict_adaptive, exit_config=point), batch_sizes=sizes)
+            if together:
+                answer = partial(_stream, model, point)
+                yield Contender(f"{name}, refilled", *facts, answer, stream=True, batch_sizes=together)
 
 
 def _stream(model: ScanForImageClassification, point: ExitConfig, batches: tuple[torch.Tensor, ...]) -> list[Any]:
@@ -277,7 +295,7 @@ def truncated_contenders(networks: Networks, compiles: bool) -> Iterator[Contend
 def other_contenders(networks: Networks, compiled: ScanForImageClassification | None) -> Iterator[Contender]:
     """`earlyon`, and `hf_scan` by the rule that it can follow; a smaller network, alone and in a cascade."""
     model, plain, smaller = networks.model, networks.plain, networks.smaller
-    point = networks.operating_point(0.5, "deepest")
+    point = networks.operating_point(0.5, max(BATCH_SIZES), "deepest")
     # Modules of its own, for its hooks, and the same tensors: where they lie in memory is worth some percent.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     peer = None if point is None else earlyon(copy.deepcopy(model, memo=shared), point)
@@ -293,7 +311,6 @@ def other_contenders(networks: Networks, compiled: ScanForImageClassification | 
         networks.plain_logits["search"],
         networks.labels["search"],
         [macs(network, model.config.image_size) for network in (smaller, plain)],
-        BETAS,
         drop=0.5,
     )
     if found is not None:
@@ -321,12 +338,12 @@ def measure(entries: list[Contender], images: torch.Tensor, labels: torch.Tensor
             chosen = timed(images, batch_size)
             print(f"{threads} threads, batches of {batch_size}, {len(chosen)} images", flush=True)
             batches = chosen.split(batch_size)
-            for entry in entries:
+            present = {entry.name: entry for entry in entries if batch_size in entry.batch_sizes}
+            for entry in present.values():
                 entry.check(batches, labels)
-            calls = {entry.name: partial(entry.answers, batches) for entry in entries}
+            calls = {name: partial(entry.answers, batches) for name, entry in present.items()}
             for name, seconds in interleaved_medians(calls, rounds, seconds_per_round=0.0).items():
-                entry = next(entry for entry in entries if entry.name == name)
-                entry.milliseconds[setting(threads, batch_size)] = 1000 * seconds / len(chosen)
+                present[name].milliseconds[setting(threads, batch_size)] = 1000 * seconds / len(chosen)
 
 
 def setting(threads: int, batch_size: int) -> str:
@@ -336,25 +353,30 @@ def setting(threads: int, batch_size: int) -> str:
 SETTINGS = [setting(threads, batch_size) for threads in THREADS for batch_size in BATCH_SIZES]
 
 
-def best(entries: list[Contender], kind: str, where: str, eager: bool = False) -> float | None:
-    """The least time of the variants of something; of those that are not compiled, if so asked."""
-    times = [
-        entry.milliseconds[where]
+def best(entries: list[Contender], kind: str, where: str, eager: bool = False) -> Contender | None:
+    """The fastest variant of something; of those that are not compiled, if so asked."""
+    variants = [
+        entry
         for entry in entries
-        if entry.kind == kind and not (eager and "compiled" in entry.name)
+        if entry.kind == kind and where in entry.milliseconds and not (eager and "compiled" in entry.name)
     ]
-    return min(times, default=None)
+    return min(variants, key=lambda entry: entry.milliseconds[where], default=None)
+
+
+def times_faster(entries: list[Contender], slow: str, fast: str, where: str, eager: bool = False) -> float | None:
+    """The best time of one kind over that of another, where both are there."""
+    slowest, fastest = (best(entries, kind, where, eager) for kind in (slow, fast))
+    return None if slowest is None or fastest is None else slowest.milliseconds[where] / fastest.milliseconds[where]
 
 
 def table(entries: list[Contender]) -> str:
     """Milliseconds for one image, and the best plain variant's time over it."""
     head = ["", "accuracy", "drop, points", "parameters", "MB", *SETTINGS]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    plain = {where: best(entries, "plain", where).milliseconds[where] for where in SETTINGS}
     for entry in entries:
-        times = [
-            f"{entry.milliseconds[where]:.3f} ({best(entries, 'plain', where) / entry.milliseconds[where]:.2f}x)"
-            for where in SETTINGS
-        ]
+        known = entry.milliseconds
+        times = [f"{known[s]:.3f} ({plain[s] / known[s]:.2f}x)" if s in known else "" for s in SETTINGS]
         drop = 100 * (entries[0].accuracy - entry.accuracy)
         size = [f"{entry.parameters / 1e6:.2f} M", f"{entry.bytes / 1e6:.2f}"]
         cells = [entry.name, f"{entry.accuracy:.2%}", f"{drop:+.2f}", *size, *times]
@@ -370,10 +392,8 @@ def plot(entries: list[Contender], path: Path) -> None:
     for axis, where in zip(axes, wanted):
         for index, family in enumerate(families):
             kinds = dict.fromkeys(entry.kind for entry in entries if entry.kind.startswith(family))
-            points = sorted(
-                (best(entries, kind, where), next(100 * e.accuracy for e in entries if e.kind == kind))
-                for kind in kinds
-            )
+            fastest = [entry for kind in kinds if (entry := best(entries, kind, where)) is not None]
+            points = sorted((entry.milliseconds[where], 100 * entry.accuracy) for entry in fastest)
             style = "o-" if len(points) > 1 else "D"
             axis.plot(*zip(*points), style, color=f"C{index}", label=family)
         axis.set_xlabel("milliseconds for one image, best variant")
@@ -504,17 +524,14 @@ def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
     """The speed-up over the best plain variant and over `earlyon`, best variants against each other."""
     for where in SETTINGS:
         for drop in DROPS:
-            ours, plain = (best(entries, kind, where) for kind in (f"hf_scan, {drop} points", "plain"))
-            if ours is not None:
-                yield {"what": f"speed-up at {drop} points on the search split, {where}", "value": plain / ours}
+            speedup = times_faster(entries, "plain", f"hf_scan, {drop} points", where)
+            if speedup is not None:
+                yield {"what": f"speed-up at {drop} points on the search split, {where}", "value": speedup}
         for eager in (True, False):
-            ours, theirs = (best(entries, kind, where, eager) for kind in ("hf_scan, as earlyon", "earlyon"))
-            if ours is not None:
+            ahead = times_faster(entries, "earlyon", "hf_scan, as earlyon", where, eager)
+            if ahead is not None:
                 how = "not compiled" if eager else "ours compiled, which earlyon refuses"
-                yield {
-                    "what": f"time of earlyon / ours by the same thresholds, {how}, {where}",
-                    "value": theirs / ours,
-                }
+                yield {"what": f"time of earlyon / ours by the same thresholds, {how}, {where}", "value": ahead}
     for entry in entries:
         if entry.kind == "earlyon":
             for batch_size, right in entry.right.items():
@@ -539,7 +556,7 @@ def main(arguments: argparse.Namespace) -> None:
     images = images.to(memory_format=torch.channels_last)
     measure(entries, images, networks.labels["test"], arguments.rounds)
     figures = list(comparisons(entries))
-    if networks.model.exit_config.thresholds is not None:
+    if networks.own.thresholds is not None:
         figures += prediction(networks.model, images, arguments.rounds)
     if sys.platform == "linux":
         figures += extra_memory(arguments.model)
@@ -553,7 +570,10 @@ def main(arguments: argparse.Namespace) -> None:
         "splits": {name: len(rows) for name, rows in networks.splits.items()},
         "seed": networks.seed,
         "plain network": "the model's deepest exit" if arguments.plain is None else arguments.plain.name,
-        "thresholds": {name: point and (point.thresholds, point.fallback) for name, point in networks.points.items()},
+        "thresholds": {
+            f"{drop} points at batch {size}": point and (point.thresholds, point.fallback)
+            for (drop, size), point in networks.points.items()
+        },
         "images timed": {batch_size: len(timed(images, batch_size)) for batch_size in BATCH_SIZES},
         "rounds": arguments.rounds,
         "machine": describe_machine(),

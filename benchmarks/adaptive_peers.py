@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_scan import ExitConfig, ScanForImageClassification
-from hf_scan.calibration import genetic_search
+from hf_scan.calibration import exact_frontier
 from hf_scan.exit_criteria import confidence_of
 
 
@@ -34,12 +34,7 @@ def cascade(small: nn.Module, large: nn.Module, threshold: float) -> Answer:
 
 
 def cascade_threshold(
-    small: torch.Tensor,
-    large: torch.Tensor,
-    labels: torch.Tensor,
-    costs: Sequence[float],
-    betas: Sequence[float],
-    drop: float,
+    small: torch.Tensor, large: torch.Tensor, labels: torch.Tensor, costs: Sequence[float], drop: float
 ) -> float | None:
     """
     By the search that finds the exits' thresholds: the one whose cascade costs least, of those that lose at most so
@@ -49,27 +44,14 @@ def cascade_threshold(
         small, large (`torch.Tensor` of shape `(n, num_labels)`): Logits of both networks.
         labels (`torch.Tensor` of shape `(n,)`): The classes.
         costs (`Sequence[float]`): Of both networks.
-        betas (`Sequence[float]`): Weights of accuracy to search with.
         drop (`float`): Points of accuracy below the large network's.
     """
     both = (small, large)
     confidences = np.stack([confidence_of(logits).numpy() for logits in both], axis=1)
     correct = np.stack([(logits.argmax(-1) == labels).numpy() for logits in both], axis=1)
-    baseline = float(correct[:, 1].mean())
-    found = [
-        genetic_search(
-            confidences,
-            correct,
-            np.cumsum(costs) / costs[-1],
-            beta=beta,
-            baseline_accuracy=baseline,
-            threshold_range=0.9,
-            progress=False,
-        )
-        for beta in betas
-    ]
-    fitting = [result for result in found if 100 * (baseline - result.accuracy) <= drop + 1e-9]
-    return min(fitting, key=lambda result: result.cost).thresholds[0] if fitting else None
+    frontier = exact_frontier(confidences, correct, np.cumsum(costs))
+    fits = np.flatnonzero(frontier.accuracy >= correct[:, 1].mean() - drop / 100 - 1e-9)
+    return float(frontier.thresholds[fits[0], 0]) if len(fits) else None
 
 
 class _LogitsOfHead(nn.Module):
