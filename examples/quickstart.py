@@ -25,8 +25,9 @@ import hf_scan
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.costs import describe_machine, measure_costs, realised_speedup
-from hf_scan.data import create_image_processor, eval_transform, split_off, train_transform
+from hf_scan.data import eval_transform, split_off, train_transform
 from hf_scan.folders import check_replaceable, replaced_folder
+from hf_scan.image_processing_scan import create_image_processor
 from hf_scan.model_card import create_model_card
 from hf_scan.plotting import describe_answers, plot_answers, plot_attention
 from hf_scan.report import exit_report, exit_table, speedup_lines

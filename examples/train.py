@@ -9,6 +9,8 @@
 A recipe is a YAML file of flags; it can include another. Flags after it win. All flags of `TrainingArguments` are
 there. `--plain` trains the backbone without exits by the same recipe, from the same initial weights; the other run
 shows its accuracy beside its own when it is told where that is: `--plain_metrics runs/cifar100_plain/metrics.json`.
+`--push_to_hub --hub_model_id org/name` pushes the folder, and checkpoints on the way; the token is that of `hf auth
+login` or `HF_TOKEN`.
 """
 
 import json
@@ -36,13 +38,13 @@ from hf_scan.data import (
     EpochCallback,
     ImagesInMemory,
     SeededImages,
-    create_image_processor,
     eval_transform,
     prepare_columns,
     split_off,
     train_transform,
 )
 from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
+from hf_scan.image_processing_scan import create_image_processor
 from hf_scan.model_card import create_model_card
 from hf_scan.plotting import plot_training
 from hf_scan.report import exit_report, exit_table, speedup_lines
@@ -227,8 +229,6 @@ def augments(data: DataArguments) -> bool:
 
 def main() -> None:
     data, network, args = parse_arguments(sys.argv[1:])
-    if args.push_to_hub:
-        raise ValueError("`--push_to_hub` is not supported by this script. Load the result and call `push_to_hub`.")
     if args.eval_strategy != "no" and not data.holdout:
         raise ValueError("`--eval_strategy` needs images that are not trained on; set `--holdout` above 0.")
     if network.plain and (args.mixup_alpha or args.cutmix_alpha or args.freeze_backbone):
@@ -320,15 +320,18 @@ def main() -> None:
         trainer.model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
-        if not network.plain:
-            name = args.hub_model_id or args.output_dir
-            create_model_card(model, report, facts, model_name=name).save(folder / "README.md")
+        if isinstance(trainer, ScanTrainer):
+            name = trainer.hub_model_id or args.output_dir
+            trainer.card = create_model_card(model, report, facts, model_name=name)
+            trainer.card.save(folder / "README.md")
     print(f"Written to {args.output_dir}")
     if not network.plain and any("loss" in entry for entry in trainer.state.log_history):  # or too short to log
         try:
             plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"))
         except ImportError as error:
             print(error)
+    if args.push_to_hub:
+        print(f"Pushed to {trainer.push_to_hub().repo_url}")
 
 
 def title(name: str) -> str:

@@ -5,10 +5,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adaptive import AdaptiveOutput, ExitConfig, apply_exit_rule
 from .configuration_scan import ScanConfig
 from .modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
+from .pipeline import ScanImageClassificationPipeline
 
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ __version__ = "0.1.0.dev0"
 
 AutoConfig.register(ScanConfig.model_type, ScanConfig)
 AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
+# Not by `register_pipeline`, which warns of a task that is there already.
+PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = ScanImageClassificationPipeline
 
 # Whoever only answers images does not wait for what trains and searches.
 _IMPORTED_WHEN_USED = {

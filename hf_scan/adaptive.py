@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import ModelOutput, cached_file, logging
@@ -223,7 +224,7 @@ class ExitConfig:
             if not isinstance(values, dict):
                 raise TypeError(f"a {type(values).__name__} stands where an object is expected")
             return cls.from_dict(values)
-        except (TypeError, ValueError, StrictDataclassError) as error:
+        except (TypeError, ValueError, RecursionError, StrictDataclassError) as error:
             raise ValueError(
                 f"{filename} of {pretrained_model_name_or_path} is not a valid exit configuration: {error} Find "
                 "thresholds anew with `hf_scan.calibrate`, or remove the file."
@@ -236,14 +237,44 @@ class ExitConfig:
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
         """
+        self._check_savable()
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / filename).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """As [`~ExitConfig.save_pretrained`] writes it."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def push_to_hub(self, repo_id: str, filename: str = EXIT_CONFIG_NAME, **kwargs: Any) -> Any:
+        """
+        Adds the configuration to a repository on the Hub, in a commit of its own: for other thresholds of a model that
+        is there, or, under another name, for another operating point.
+
+        Args:
+            repo_id (`str`): The repository, which exists.
+            filename (`str`, *optional*, defaults to `"exit_config.json"`): The file.
+            kwargs: `revision`, `token`, `create_pr`, `commit_message` and so on, as for
+                [`~huggingface_hub.HfApi.upload_file`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+
+        Raises:
+            `ValueError`: if the criterion is a function, which no file holds.
+        """
+        self._check_savable()
+        kwargs = {"commit_message": f"Upload {filename}", **kwargs}
+        return HfApi().upload_file(
+            path_or_fileobj=self.to_json().encode(), path_in_repo=filename, repo_id=repo_id, **kwargs
+        )
+
+    def _check_savable(self) -> None:
         if callable(self.criterion):
             raise ValueError(
                 f"`criterion` is the function {self.criterion!r}, which cannot be saved. Set one by name, and pass "
                 "the function to `predict_adaptive`."
             )
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / filename).write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @dataclass

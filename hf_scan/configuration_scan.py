@@ -2,6 +2,7 @@
 """What the network is: [`ScanConfig`]."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, Literal
 
@@ -24,6 +25,10 @@ REFUSED_BACKBONE_ARGUMENTS = frozenset(
 ) | {"model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 PREPROCESSING_KEYS = frozenset({"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+
+# A configuration from a stranger must not take all memory there is. Nobody has networks this large.
+LARGEST = {"num_labels": 1_000_000, "head_width": 16_384, "num_channels": 4_096, "image_size": 16_384}
+LARGEST_ARGUMENT = 65_536
 
 # Set from other fields of the configuration, or of no use to a network that is run stage by stage.
 OWN_BACKBONE_ARGUMENTS = {
@@ -107,11 +112,12 @@ class ScanConfig(PreTrainedConfig):
                 f"The configuration names {refused}, which would make timm fetch or read weights; a ScanConfig only "
                 "describes the architecture. Remove these keys and load weights with `from_pretrained`."
             )
+        # Before names are made for so many labels.
+        self._check_numbers({**vars(self), **kwargs})
         super().__post_init__(**kwargs)
         # Not as `validate_*` methods of a strict dataclass, whose errors are no `ValueError`.
         self._check_backbone()
         self._check_backbone_kwargs()
-        self._check_sizes()
         self._check_preprocessing()
 
     @classmethod
@@ -155,15 +161,30 @@ class ScanConfig(PreTrainedConfig):
             if name in self.backbone_kwargs:
                 raise ValueError(f"`backbone_kwargs` names {name!r}, which is not expected there: {instead}.")
 
-    def _check_sizes(self) -> None:
-        for name in ("head_width", "num_channels", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+    def _check_numbers(self, values: dict[str, Any]) -> None:
+        for name, largest in LARGEST.items():
+            value = values.get(name)
+            if isinstance(value, int) and not 1 <= value <= largest:
+                raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1 and at most {largest}.")
+        for name, value in self.backbone_kwargs.items():
+            if any(abs(number) > LARGEST_ARGUMENT for number in _numbers(value)):
+                raise ValueError(
+                    f"`backbone_kwargs` gives {name!r} a number beyond {LARGEST_ARGUMENT}; such a network would take "
+                    "all memory there is. Correct it."
+                )
 
     def _check_preprocessing(self) -> None:
         if unknown := sorted(set(self.preprocessing or {}) - PREPROCESSING_KEYS):
             raise ValueError(f"`preprocessing` names {unknown}; expected some of {sorted(PREPROCESSING_KEYS)}.")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a value as JSON holds it."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 __all__ = ["ScanConfig"]

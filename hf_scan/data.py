@@ -3,7 +3,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,49 +13,12 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 from transformers import (
-    ConvNextImageProcessor,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-
-
-if TYPE_CHECKING:
-    from .modeling_scan import ScanForImageClassification
-
-
-def create_image_processor(model: "ScanForImageClassification") -> BaseImageProcessor:
-    """
-    The preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
-    `AutoImageProcessor` and `pipeline("image-classification")` find it. It is timm's own evaluation transform, but for
-    one row and column of pixels where the margin around the centre crop is odd (0.95 of 224, say), and from 384
-    pixels on, where this processor squeezes the whole image into the square instead of cropping it.
-
-    Args:
-        model ([`ScanForImageClassification`]): Its `config.preprocessing` gives crop, interpolation, mean and standard
-            deviation; its `config.image_size` the size.
-
-    Raises:
-        `ValueError`: if the network does not take three channels, which this processor always makes.
-    """
-    if model.config.num_channels != 3:
-        raise ValueError(
-            f"The network takes {model.config.num_channels} channels; an image processor is only made for 3. Pass "
-            "your own `processing_class`."
-        )
-    settings = model.config.preprocessing
-    assert settings is not None  # the network filled it in
-    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-    return ConvNextImageProcessor(
-        size={"shortest_edge": model.config.image_size},
-        crop_pct=settings["crop_pct"],
-        resample=resample.get(settings["interpolation"], 3),
-        image_mean=list(settings["mean"]),
-        image_std=list(settings["std"]),
-        do_convert_rgb=True,
-    )
 
 
 def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:

@@ -17,39 +17,56 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
 def create_model_card(
-    model: "ScanForImageClassification", report: Mapping[str, Any], facts: Mapping[str, Any], model_name: str
+    model: "ScanForImageClassification",
+    report: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    model_name: str,
+    tags: str | list[str] | None = None,
+    finetuned_from: str | None = None,
+    **metadata: Any,
 ) -> ModelCard:
     """
     Fills the card's template.
 
     Args:
         model ([`ScanForImageClassification`]): With its exit configuration.
-        report (`Mapping[str, Any]`): From [`~hf_scan.report.exit_report`].
-        facts (`Mapping[str, Any]`): Where the figures come from: `dataset` (its name), `splits` (number of images by
-            name), and, where known, `seed`, `machine` and `recipe` (a dictionary).
+        report (`Mapping[str, Any]`, *optional*): From [`~hf_scan.report.exit_report`]. Without one, the card has no
+            figures.
+        facts (`Mapping[str, Any]`): What is known of the figures: `dataset` (its name), `splits` (number of images by
+            name), `evaluated_on` (which of these the report is of; `"test"` by default), `seed`, `machine`, `recipe`
+            (a dictionary) and `frontier` (a picture beside the card).
         model_name (`str`): The card's title.
+        tags (`str` or `list[str]`, *optional*): More tags.
+        finetuned_from (`str`, *optional*): The model on the Hub whose weights training began with.
+        metadata: More of the card's metadata, such as `license`, `language` or `datasets`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    scores = {row["name"]: row["accuracy"] for row in report["rows"][:-1] if "accuracy" in row}
+    evaluated_on = facts.get("evaluated_on", "test")
+    dataset = facts.get("dataset")
+    rows = [] if report is None else report["rows"][:-1]
     data = ModelCardData(
         library_name="hf_scan",
         pipeline_tag="image-classification",
-        tags=["early-exit", "scan", "timm"],
+        tags=list(dict.fromkeys(["early-exit", "scan", "timm", *([tags] if isinstance(tags, str) else tags or [])])),
         model_name=model_name,
+        base_model=finetuned_from,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=facts["dataset"],
-                dataset_name=facts["dataset"],
-                dataset_split="test",
+                dataset_type=dataset or "unknown",
+                dataset_name=dataset or "unknown",
+                dataset_split=evaluated_on,
                 metric_type="accuracy",
-                metric_name=f"Accuracy, {name}",
-                metric_value=accuracy,
+                metric_name=f"Accuracy, {row['name']}",
+                metric_value=row["accuracy"],
             )
-            for name, accuracy in scores.items()
-        ],
+            for row in rows
+            if "accuracy" in row
+        ]
+        or None,
+        **metadata,
     )
     return ModelCard.from_template(
         data,
@@ -59,8 +76,9 @@ def create_model_card(
         exit_points=model.config.exit_points,
         attention_type=model.config.attention_type,
         classifier_type=model.config.classifier_type,
-        table=exit_table(report),
-        speedups=speedup_lines(report),
+        table="" if report is None else exit_table(report),
+        speedups=[] if report is None else speedup_lines(report),
+        evaluated_on=evaluated_on,
         exit_config=model.exit_config,
         facts=facts,
     )

@@ -3,9 +3,11 @@
 
 import copy
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -19,12 +21,13 @@ from timm.models import is_model_pretrained
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, ModelOutput, logging
 
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead
+from .image_processing_scan import create_image_processor
 from .stages import Stage, cut_into_stages, keep_parts
 
 
@@ -561,6 +564,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         """
         loading_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True  # Transformers would fall back to a pickle
+        _check_shards(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -585,9 +589,12 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             )
         if exit_config is None:
             names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-            exit_config = ExitConfig.from_pretrained(
-                pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
-            )
+            settings = {name: kwargs[name] for name in names if name in kwargs}
+            if getattr(model.config, "_commit_hash", None) is not None:
+                settings["revision"] = (
+                    model.config._commit_hash
+                )  # the weights', though there may be a newer one by now
+            exit_config = ExitConfig.from_pretrained(pretrained_model_name_or_path, **settings)
             other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
             if other and exit_config.costs is not None:
                 exit_config = exit_config.update(costs=None)
@@ -607,15 +614,26 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        include_code: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As [`~transformers.PreTrainedModel.save_pretrained`], with `exit_config.json` beside the weights."""
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`], with `exit_config.json` beside the weights, and the
+        backbone's preprocessing where the folder has none yet.
+
+        Args:
+            include_code (`bool`, *optional*, defaults to `False`): Whether to save the network's own code with it, so
+                that `AutoModelForImageClassification.from_pretrained(..., trust_remote_code=True)` needs no `hf_scan`.
+        """
         if self.exit_config.thresholds is not None:
             self.exit_config.resolve(self.num_exits)  # before anything is written
         names = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")
         hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        with self._with_code(include_code or self._auto_class is not None):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
+            if self.config.num_channels == 3 and not Path(save_directory, IMAGE_PROCESSOR_NAME).exists():
+                create_image_processor(self).save_pretrained(save_directory)
             if self.exit_config != ExitConfig():
                 self.exit_config.save_pretrained(save_directory)
             else:
@@ -624,7 +642,55 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         if push_to_hub:
             # Not left to `super()`, which would upload before the exit configuration is written.
             hub_kwargs.setdefault("repo_id", Path(save_directory).name)
-            self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
+            self.push_to_hub(token=kwargs.get("token"), include_code=include_code, **hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.PreTrainedModel.push_to_hub`]: weights, configuration, `exit_config.json`, image processor
+        and card in one commit.
+
+        Args:
+            repo_id (`str`): The repository, such as `"org/scan-resnet50"`. It is created when there is none.
+            include_code (`bool`, *optional*, defaults to `False`): As in `save_pretrained`.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and so on, as everywhere.
+        """
+        with self._with_code(include_code):
+            return super().push_to_hub(repo_id, **kwargs)
+
+    @contextmanager
+    def _with_code(self, included: bool) -> Iterator[None]:
+        """Has what is saved meanwhile hold the code that it runs, or name none."""
+        named = self.config.__dict__.pop("auto_map", None)
+        classes: tuple[Any, ...] = (type(self), type(self.config))
+        before = [owner._auto_class for owner in classes]
+        if included:
+            # For good, it would have every later checkpoint carry code.
+            for owner, auto_class in zip(classes, ("AutoModelForImageClassification", "AutoConfig")):
+                owner.register_for_auto_class(auto_class)
+        try:
+            yield
+        finally:
+            for owner, auto_class in zip(classes, before):
+                owner._auto_class = auto_class
+            self.config.__dict__.pop("auto_map", None)
+            if named is not None:
+                self.config.auto_map = named
+
+
+def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
+    """Refuses an index of weights that names files elsewhere. On the Hub there is no elsewhere."""
+    index = Path(path, subfolder, SAFE_WEIGHTS_INDEX_NAME)
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
+    elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    if elsewhere:
+        raise ValueError(
+            f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business elsewhere."
+        )
 
 
 def _create_backbone(config: ScanConfig) -> Any:

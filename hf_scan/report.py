@@ -31,7 +31,7 @@ def exit_report(
         `speedup`.
     """
     macs = count_macs(model)
-    adaptive = model.exit_config.thresholds is not None
+    adaptive = model.exit_config.thresholds is not None and "adaptive_accuracy" in scores
     cumulative = macs.cumulative(model.exit_config if adaptive else None)
     thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
     costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None

@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from timm.data import Mixup
 from torch import nn
 from transformers import AutoModelForImageClassification, EvalPrediction, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .adaptive import EXIT_CONFIG_NAME
 from .calibration.exit_table import exit_columns
-from .costs import count_macs
-from .data import EpochCallback, SeededImages, create_image_processor, some_digests
+from .costs import count_macs, describe_machine
+from .data import EpochCallback, SeededImages, some_digests
 from .folders import last_whole_checkpoint
+from .image_processing_scan import create_image_processor
 from .losses import SelfDistillationLoss, weights_per_exit
 from .metrics import ScanAccuracy
+from .model_card import create_model_card
 from .modeling_scan import ScanForImageClassification
+from .report import exit_report
 from .stage_features import collate_rows
 from .training_args import ScanTrainingArguments
 
@@ -98,6 +103,7 @@ class ScanTrainer(Trainer):
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
         self.model_accepts_loss_kwargs = False
         self._set_up(self.model)
+        self.card: ModelCard | None = None  # what is pushed in place of one from the last evaluation
         self.teacher = self._prepare_teacher(teacher)
         self._mixup: Mixup | None = None
         if args.mixup_alpha or args.cutmix_alpha:
@@ -296,6 +302,48 @@ class ScanTrainer(Trainer):
                 f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
                 f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
             ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            # A pickle, which nobody reads and which would be pushed.
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset: str | list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Writes `README.md` into the output folder: the card of a network with early exits, with what the last
+        evaluation measured, if there was one. Called by `push_to_hub`.
+
+        Args:
+            model_name (`str`, *optional*): The card's title. Defaults to the repository or the output folder.
+            dataset (`str`, *optional*): What the network was trained on.
+            kwargs: `language`, `license`, `tags`, `finetuned_from` and so on, for the card's metadata.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir, "README.md")
+        if self.card is not None:
+            self.card.save(path)
+            return
+        scores = next((entry for entry in reversed(self.state.log_history) if "eval_exit_0_accuracy" in entry), None)
+        report = None
+        facts: dict[str, Any] = {
+            "dataset": dataset if isinstance(dataset, str) else None,
+            "splits": {
+                name: len(rows)
+                for name, rows in (("train", self.train_dataset), ("evaluation", self.eval_dataset))
+                if hasattr(rows, "__len__")
+            },
+            "evaluated_on": "evaluation",
+            "seed": self.args.seed,
+            "machine": describe_machine(self.args.device),
+        }
+        if scores is not None:
+            report = exit_report(self.model, {name.removeprefix("eval_"): value for name, value in scores.items()})
+        name = model_name or self.args.hub_model_id or path.parent.name
+        create_model_card(self.model, report, facts, model_name=name, **kwargs).save(path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies the files it knows.

@@ -107,6 +107,10 @@ class ScanTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Let DDP look for unused parameters in each step. There are none."}
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds, such as the `training_args.bin` that Trainer writes and pushes: no token."""
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.distillation_preset not in DISTILLATION_PRESETS:

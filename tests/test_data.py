@@ -11,12 +11,12 @@ from hf_scan.data import (
     EpochCallback,
     ImagesInMemory,
     SeededImages,
-    create_image_processor,
     eval_transform,
     prepare_columns,
     split_off,
     train_transform,
 )
+from hf_scan.image_processing_scan import create_image_processor
 
 from .conftest import random_scan_model
 

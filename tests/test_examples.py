@@ -231,7 +231,6 @@ def test_accelerate_launch(dataset_folder, tmp_path):
         ({"label_column": "coarse_label"}, "has no column 'coarse_label'; it has ['img', 'fine_label']"),
         ({"freeze_backbone": True}, "`--freeze_backbone` is for a trained backbone; name its weights"),
         ({"plain": True, "freeze_backbone": True}, "which mixes no images and freezes nothing"),
-        ({"push_to_hub": True}, "`--push_to_hub` is not supported by this script"),
         ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
         ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),
         ({"backbone": "resnet_of_dreams"}, "`backbone` is 'resnet_of_dreams', which timm"),

@@ -21,8 +21,8 @@ from transformers import (
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.adaptive import apply_exit_rule
 from hf_scan.baseline import plain_copy
-from hf_scan.data import create_image_processor
 from hf_scan.exit_criteria import confidence_of
+from hf_scan.image_processing_scan import create_image_processor
 
 from .conftest import random_scan_model
 from .test_stages import EVERY_FAMILY
@@ -326,35 +326,43 @@ def test_a_backbone_of_fixed_size_is_made_for_the_image_size():
 
 
 def test_code_in_the_checkpoint_is_enough(tmp_path):
-    """Saved with its code, it answers where `hf_scan` is not installed. In processes of their own: registering
-    marks the class for good."""
-    save = f"""
-import torch
-from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
-ScanConfig.register_for_auto_class()
-ScanForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-torch.manual_seed(0)
-model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=4)).eval()
-model.exit_config = ExitConfig(thresholds=[0.3, 0.3, 0.3])
-model.save_pretrained({str(tmp_path)!r})
-print(model.predict_adaptive(torch.ones(2, 3, 32, 32)).exit_index.tolist())
-"""
-    load = f"""
+    """Saved with its code, it answers alike where `hf_scan` is not installed; and saving leaves no mark."""
+    model = random_scan_model(image_size=32)
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5, 0.5])
+    model.save_pretrained(tmp_path / "code", include_code=True)
+    model.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    for folder in ("plain", "code"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert ("auto_map" in config) == (folder == "code")
+        assert "_auto_class" not in config
+    # With `hf_scan`, its own classes answer; saved again without code, the configuration names none.
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "code", trust_remote_code=True)
+    assert type(again) is ScanForImageClassification
+    again.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    load = """
 import sys
 sys.modules["hf_scan"] = None
 import torch
-from transformers import AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
-print(model.predict_adaptive(torch.ones(2, 3, 32, 32)).exit_index.tolist())
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+images = torch.load("images.pt")
+model = AutoModelForImageClassification.from_pretrained("code", trust_remote_code=True)
+AutoImageProcessor.from_pretrained("code")
+with torch.no_grad():
+    logits = model(images).logits
+torch.save((logits, model.predict_adaptive(images).exit_index), "answers.pt")
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    answers = []
-    for code in (save, load):
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        answers.append(done.stdout.splitlines()[-1])
-    assert answers[0] == answers[1]
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits, exit_index = torch.load(tmp_path / "answers.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(images).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(exit_index, model.predict_adaptive(images).exit_index)
 
 
 def test_non_finite_pixels(model, images):

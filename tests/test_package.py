@@ -19,6 +19,7 @@ PORTABLE = [
     "exit_criteria",
     "adaptive",
     "adaptive_stream",
+    "image_processing_scan",
     "modeling_scan",
 ]
 BROUGHT = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}

@@ -1,0 +1,75 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""`pipeline("image-classification")`, which leaves the network early where it can."""
+
+from typing import Any
+
+from transformers import ImageClassificationPipeline
+
+from .adaptive import AdaptiveInferenceMixin
+
+
+class ScanImageClassificationPipeline(ImageClassificationPipeline):
+    """
+    Transformers' own pipeline, which answers by [`~AdaptiveInferenceMixin.predict_adaptive`] where the model has
+    thresholds. `import hf_scan` has `pipeline("image-classification", ...)` use it; for other models nothing changes.
+
+    Args:
+        adaptive (`bool`, *optional*):
+            Whether to leave the network early; `False` answers with the deepest exit. Defaults to whether the model's
+            exit configuration has thresholds. For a call or for all of them.
+        return_exit (`bool`, *optional*, defaults to `False`):
+            Whether to add to each label the `exit` that answered, from 0; `num_exits` stands for the ensemble.
+        kwargs: As for [`~transformers.ImageClassificationPipeline`], such as `top_k`.
+
+    Raises:
+        `ValueError`: if `adaptive` or `return_exit` is asked of a model without early exits or thresholds.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers import pipeline
+
+    >>> from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+    >>> from hf_scan.image_processing_scan import create_image_processor
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10))
+    >>> model.exit_config = ExitConfig(thresholds=[0.0, 0.0])
+    >>> classify = pipeline("image-classification", model=model, image_processor=create_image_processor(model))
+    >>> answer = classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True)
+    >>> answer[0]["exit"]
+    0
+    ```
+    """
+
+    def _sanitize_parameters(
+        self, adaptive: bool | None = None, return_exit: bool | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if adaptive is not None:
+            forward["adaptive"] = adaptive
+        if return_exit is not None:
+            postprocess["return_exit"] = return_exit
+        return preprocess, forward, postprocess
+
+    def _forward(self, model_inputs: Any, adaptive: bool | None = None) -> Any:
+        has_exits = isinstance(self.model, AdaptiveInferenceMixin)
+        if adaptive and not has_exits:
+            raise ValueError(f"`adaptive` is {adaptive}, and a {type(self.model).__name__} has no early exits.")
+        if adaptive or (adaptive is None and has_exits and self.model.exit_config.thresholds is not None):
+            return self.model.predict_adaptive(model_inputs["pixel_values"])
+        return super()._forward(model_inputs)
+
+    def postprocess(self, model_outputs: Any, return_exit: bool = False, **kwargs: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = super().postprocess(model_outputs, **kwargs)
+        if return_exit:
+            if "exit_index" not in model_outputs:
+                raise ValueError(
+                    "`return_exit` is for adaptive answers; the model has no thresholds, or is not asked to."
+                )
+            for answer in answers:
+                answer["exit"] = int(model_outputs["exit_index"][0])
+        return answers
+
+
+__all__ = ["ScanImageClassificationPipeline"]

@@ -1,0 +1,136 @@
+"""Checkpoints that mean harm: refused before anything of theirs is run or read, or memory is taken for it."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from hf_scan import ExitConfig, ScanForImageClassification
+
+from .conftest import random_scan_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """In shards, with thresholds."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5])
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size="200KB")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
+    return tmp_path / "checkpoint"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class Harm:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("name", ["shards", "model.safetensors", "pytorch_model.bin"])
+def test_pickles_under_any_name(checkpoint, tmp_path, name):
+    harm = pickle.dumps(Harm(tmp_path / "mark"))
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if name == "shards":
+        shards[0].write_bytes(harm)
+    else:
+        for file in (*shards, checkpoint / "model.safetensors.index.json"):
+            file.unlink()
+        (checkpoint / name).write_bytes(harm)
+    with pytest.raises(OSError, match=r"cannot be read|no model that can be loaded"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_shards_elsewhere(checkpoint, tmp_path, absolute):
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = min(weight_map.values())
+    (checkpoint / first).rename(tmp_path / first)
+    there = str(tmp_path / first) if absolute else f"../{first}"
+    edit(index, weight_map={key: there if file == first else file for key, file in weight_map.items()})
+    with pytest.raises(ValueError, match="which is not a file beside it"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', "{", "[" * 100_000])
+def test_an_index_that_is_none(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="is not an index of weights"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "thresholds", ["[NaN, 0.5]", "[Infinity, 0.5]", "[-1e308, 0.5]", "[1e308, 0.5]", "[[0.5], 0.5]", "{}", '"0.5"']
+)
+def test_thresholds_out_of_range(checkpoint, thresholds):
+    (checkpoint / "exit_config.json").write_text(f'{{"thresholds": {thresholds}}}')
+    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"thresholds": [0.5, 0.5]', "\x00", "[0.5, 0.5]"])
+def test_an_exit_configuration_that_is_none(checkpoint, content):
+    (checkpoint / "exit_config.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_labels": 10**9, "id2label": None, "label2id": None},
+        {"head_width": 10**9},
+        {"num_channels": 10**9},
+        {"image_size": 10**9},
+        {"backbone_kwargs": {"channels": [10**9, 10**9, 10**9]}},
+        {"backbone_kwargs": {"nested": {"depths": [[10**12]]}}},
+    ],
+    ids=str,
+)
+def test_sizes_that_would_take_all_memory(checkpoint, changes):
+    """In a process with little memory, where making anything of that size fails."""
+    edit(checkpoint / "config.json", **changes)
+    code = f"""
+import resource
+from hf_scan import ScanForImageClassification
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+ScanForImageClassification.from_pretrained({str(checkpoint)!r})
+"""
+    if sys.platform != "linux":
+        pytest.skip("takes memory away with Linux' resource limits")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ValueError" in done.stderr.splitlines()[-1]
+    assert "expected a whole number of at least 1 and at most" in done.stderr or "a number beyond" in done.stderr
+
+
+def test_code_is_not_run_unasked(checkpoint, tmp_path):
+    """Neither where `hf_scan` is installed, with its own classes, nor where it is not."""
+    (checkpoint / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'mark')!r})\nclass Evil: pass\n")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}
+    edit(checkpoint / "config.json", auto_map=names)
+    model = AutoModelForImageClassification.from_pretrained(checkpoint, trust_remote_code=True)
+    assert type(model) is ScanForImageClassification
+    code = f"""
+import sys
+sys.modules["hf_scan"] = None
+from transformers import AutoModelForImageClassification
+AutoModelForImageClassification.from_pretrained({str(checkpoint)!r}, trust_remote_code=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "trust_remote_code" in done.stderr
+    assert done.returncode != 0
+    assert not (tmp_path / "mark").exists()

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
+
+from hf_scan import ExitConfig, ScanForImageClassification
+
+from .conftest import random_scan_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with thresholds by which some images leave at each exit."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = random_scan_model(image_size=32)
+    model.exit_config = ExitConfig(thresholds=[0.55, 0.6, 0.8])
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    pixels = torch.randint(0, 255, (12, 40, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [Image.fromarray(image.numpy()) for image in pixels]
+
+
+@pytest.fixture(scope="module")
+def expected(folder, pictures):
+    model = ScanForImageClassification.from_pretrained(folder)
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+    return model, pixel_values
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_leaves_early_where_the_checkpoint_has_thresholds(folder, pictures, expected, batch_size):
+    model, pixel_values = expected
+    answers = model.predict_adaptive(pixel_values)
+    assert len(answers.exit_index.unique()) > 1
+    classify = pipeline("image-classification", model=str(folder), batch_size=batch_size)
+    found = classify(pictures, top_k=2, return_exit=True)
+    assert [row[0]["label"] for row in found] == [model.config.id2label[int(i)] for i in answers.logits.argmax(-1)]
+    assert [row[0]["exit"] for row in found] == answers.exit_index.tolist()
+    assert [row[0]["score"] for row in found] == pytest.approx(answers.logits.softmax(-1).amax(-1).tolist(), abs=1e-4)
+    assert all(len(row) == 2 for row in found)
+    assert set(classify(pictures[0])[0]) == {"label", "score"}
+
+
+def test_runs_no_more_than_it_has_to(folder, pictures):
+    classify = pipeline("image-classification", model=str(folder))
+    classify.model.exit_config = ExitConfig(thresholds=[0.0, 0.0])
+    ran = []
+    for name in ("layer1", "layer2", "layer3"):
+        layer = classify.model.backbone.get_submodule(name)
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+    classify(pictures[0])
+    assert ran == ["layer1"]
+
+
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_can_be_turned_off(folder, pictures, expected, when):
+    model, pixel_values = expected
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+    made, called = ({"adaptive": False}, {}) if when == "made" else ({}, {"adaptive": False})
+    found = pipeline("image-classification", model=str(folder), **made)(pictures, **called)
+    assert [row[0]["label"] for row in found] == [model.config.id2label[int(i)] for i in logits.argmax(-1)]
+
+
+def test_without_thresholds_the_deepest_exit_answers(folder, pictures, expected, tmp_path):
+    plain = random_scan_model(image_size=32)
+    plain.save_pretrained(tmp_path)
+    classify = pipeline("image-classification", model=str(tmp_path))
+    with torch.no_grad():
+        logits = expected[0](expected[1][:1]).logits
+    assert classify(pictures[0])[0]["label"] == plain.config.id2label[int(logits.argmax())]
+    with pytest.raises(ValueError, match="There are no thresholds"):
+        classify(pictures[0], adaptive=True)
+    with pytest.raises(ValueError, match="`return_exit` is for adaptive answers"):
+        classify(pictures[0], return_exit=True)
+
+
+def test_other_models_are_left_alone(folder, pictures):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+    other = ResNetForImageClassification(config).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    classify = pipeline("image-classification", model=other, image_processor=processor)
+    with torch.no_grad():
+        logits = other(processor(pictures[0], return_tensors="pt")["pixel_values"]).logits
+    assert classify(pictures[0])[0]["label"] == other.config.id2label[int(logits.argmax())]
+    with pytest.raises(ValueError, match="a ResNetForImageClassification has no early exits"):
+        classify(pictures[0], adaptive=True)
