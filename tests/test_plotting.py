@@ -6,7 +6,16 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from hf_scan.plotting import describe_answers, plot_answers, plot_attention, plot_training
+from hf_scan.calibration import exact_frontier
+from hf_scan.plotting import (
+    describe_answers,
+    plot_answers,
+    plot_attention,
+    plot_exit_shares,
+    plot_frontier,
+    plot_reliability,
+    plot_training,
+)
 
 from .conftest import random_scan_model
 
@@ -71,3 +80,17 @@ def test_training_curves_of_every_exit(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "training.png").size[0] > 600
     with pytest.raises(ValueError, match="holds no exit's loss or accuracy"):
         plot_training([{"epoch": 1.0, "train_loss": 3.0}], tmp_path / "none.png")
+
+
+def test_what_calibration_draws(tmp_path):
+    """Every exit has its bars and its panel; the line of the frontier is there, and so are the points."""
+    rng = np.random.default_rng(0)
+    confidences = rng.random((300, 3))
+    correct = rng.random((300, 3)) < confidences
+    frontier = exact_frontier(confidences, correct, np.array([1.0, 2.0, 3.0]))
+    plot_frontier(frontier, tmp_path / "frontier.png", "MACs", frontier, {"chosen": (0.5, 2.0)})
+    plot_exit_shares({"search": [0.5, 0.3, 0.2], "test": [0.4, 0.4, 0.2]}, ["a", "b", "c"], tmp_path / "exits.png")
+    plot_reliability(confidences, correct, ["a", "b", "c"], tmp_path / "reliability.png")
+    assert all(share > 0.01 for row in ink(tmp_path / "frontier.png", 2, 2) for share in row)
+    assert all(share > 0.1 for share in ink(tmp_path / "exits.png", 1, 3)[0])
+    assert all(share > 0.02 for share in ink(tmp_path / "reliability.png", 1, 3)[0])

@@ -231,42 +231,25 @@ def _wished(
     disagreement = guarantee is not None and guarantee.loss == "disagreement"
     truth = table.deepest if disagreement else table.labels
     name, value = next(iter(wish.items()), ("", 0.0))
+    baseline = float((table.deepest == table.labels).mean())
     if name == "max_latency_ms" and latency == "p95":
-
-        def costs_of(config: ExitConfig) -> np.ndarray:
-            # At most 5 % of the images may cost more than the limit; how much more, only breaks ties.
-            cumulative = prices.cumulative(config)
-            return (cumulative > value) + TIE * cumulative / cumulative[-1]
-
-        frontier = exit_frontier(table, rule, costs_of, truth)
-        fits = frontier.cost <= 0.05 + TIE
-        best = f"at least {frontier.cost.min():.1%} of the images take longer"
+        frontier, fits, best = _mostly_within(table, rule, prices, value, truth)
     else:
         frontier = exit_frontier(table, rule, prices.cumulative, truth)
         if prices.images > 1:
-            # The frontier counts full batches; what is left of one takes longer.
-            frontier = _thinned(frontier)
-            outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
-            cost = np.array([prices.mean(config, shares.tolist()) for config, _, shares in outcomes])
-            frontier = Frontier(frontier.accuracy, cost, frontier.thresholds)
-            frontier = frontier.select(undominated(frontier.accuracy, cost))
-        accuracy = frontier.accuracy
-        if disagreement and name in ACCURACY_WISHES:
-            frontier = _thinned(frontier)
-            outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
-            accuracy = np.array([(predictions == table.labels).mean() for _, predictions, _ in outcomes])
-        baseline = float((table.deepest == table.labels).mean())
-        if not name:
-            fits, best = np.ones(len(frontier), dtype=bool), ""
-        elif name in ACCURACY_WISHES:
+            frontier = _in_shrinking_batches(table, rule, prices, frontier)
+        if name in ACCURACY_WISHES:
+            frontier, accuracy = _with_accuracy(table, rule, frontier, known=not disagreement)
             fits = accuracy >= (value if name == "min_accuracy" else baseline - value / 100) - 1e-12
             highest = accuracy.max()
             best = f"the highest accuracy is {highest:.2%}, {100 * (baseline - highest):+.2f} points of drop"
-        else:
-            least, unit = frontier.cost.min(), prices.unit.split(",")[0]
+        elif name:
             fits = frontier.cost <= (prices.plain_image / value if name == "speedup" else value) * (1 + 1e-12)
+            least, unit = frontier.cost.min(), prices.unit.split(",")[0]
             times = prices.plain_image / least
             best = f"the least is {least:.5g} {unit} for an image, {times:.2f} times as fast as the plain backbone"
+        else:
+            fits, best = np.ones(len(frontier), dtype=bool), ""
     if not fits.any():
         raise ValueError(f"No thresholds reach `{name}={value:g}` on this split: {best}.")
     frontier = frontier.select(fits)
@@ -285,6 +268,36 @@ ACCURACY_WISHES = ("max_accuracy_drop", "min_accuracy")
 TIE = 1e-6
 # Policies of a frontier that are looked at one by one.
 MOST_POLICIES = 200
+
+
+def _mostly_within(
+    table: ExitTable, rule: ExitConfig, prices: Prices, limit: float, truth: np.ndarray
+) -> tuple[Frontier, np.ndarray, str]:
+    """The frontier of accuracy over the share of images that cost more than a limit, and where that is at most 5 %."""
+
+    def costs_of(config: ExitConfig) -> np.ndarray:
+        cumulative = prices.cumulative(config)
+        return (cumulative > limit) + TIE * cumulative / cumulative[-1]  # how much more only breaks ties
+
+    frontier = exit_frontier(table, rule, costs_of, truth)
+    return frontier, frontier.cost <= 0.05 + TIE, f"at least {frontier.cost.min():.1%} of the images take longer"
+
+
+def _in_shrinking_batches(table: ExitTable, rule: ExitConfig, prices: Prices, frontier: Frontier) -> Frontier:
+    """The frontier counts full batches; what is left of one takes longer for each image."""
+    frontier = _thinned(frontier)
+    outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
+    cost = np.array([prices.mean(config, shares.tolist()) for config, _, shares in outcomes])
+    return Frontier(frontier.accuracy, cost, frontier.thresholds).select(undominated(frontier.accuracy, cost))
+
+
+def _with_accuracy(table: ExitTable, rule: ExitConfig, frontier: Frontier, known: bool) -> tuple[Frontier, np.ndarray]:
+    """A frontier, and its policies' accuracy, which is not what it holds if that is agreement."""
+    if known:
+        return frontier, frontier.accuracy
+    frontier = _thinned(frontier)
+    predictions = (_leaving(table, rule, thresholds)[1] for thresholds in frontier.thresholds)
+    return frontier, np.array([(classes == table.labels).mean() for classes in predictions])
 
 
 def _thinned(frontier: Frontier) -> Frontier:
