@@ -1,3 +1,6 @@
+import datasets
+import evaluate
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -89,3 +92,27 @@ def test_other_models_are_left_alone(folder, pictures):
     assert classify(pictures[0])[0]["label"] == other.config.id2label[int(logits.argmax())]
     with pytest.raises(ValueError, match="a ResNetForImageClassification has no early exits"):
         classify(pictures[0], adaptive=True)
+
+
+class Accuracy(evaluate.Metric):
+    """As `evaluate.load("accuracy")`, which the Hub would be asked for."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(np.mean(np.array(predictions) == np.array(references)))}
+
+
+def test_evaluator(folder, pictures, expected):
+    """By name; a pipeline object is more than `evaluate` 0.4.6 can take with Transformers 5, whatever the model."""
+    model, pixel_values = expected
+    labels = [index % 5 for index in range(len(pictures))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(5)})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    scores = evaluate.evaluator("image-classification").compute(
+        model_or_pipeline=str(folder), data=rows, metric=Accuracy(), label_mapping=model.config.label2id
+    )
+    answers = model.predict_adaptive(pixel_values).logits.argmax(-1)
+    assert scores["accuracy"] == pytest.approx(float((answers == torch.tensor(labels)).float().mean()))
