@@ -190,7 +190,7 @@ def certified(scores: Scores, deepest: np.ndarray, repeats: int, bounds: list[Ri
             keeps = frontier.accuracy >= compared[chooses].mean() - bound.max_drop / 100
             keeps[-1] = True
             frontier = frontier.select(keeps)
-            frontier = frontier.select(np.unique(np.linspace(0, len(frontier) - 1, 100, dtype=int)))
+            frontier = frontier.select(np.unique(np.linspace(0, len(frontier) - 1, 40, dtype=int)))
             try:
                 found = certify(*some(world, certifies), frontier.thresholds, bound, baseline=deepest[certifies])
             except CannotCertifyError:

@@ -47,9 +47,13 @@ def create_model_card(
     dataset = facts.get("dataset")
     rows = [] if report is None else report["rows"][:-1]
     data = ModelCardData(
-        library_name="hf_scan",
+        library_name="transformers",  # or `pipeline` would refuse to load it by name
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys(["early-exit", "scan", "timm", *([tags] if isinstance(tags, str) else tags or [])])),
+        tags=list(
+            dict.fromkeys(
+                ["early-exit", "scan", "timm", "hf_scan", *([tags] if isinstance(tags, str) else tags or [])]
+            )
+        ),
         model_name=model_name,
         base_model=finetuned_from,
         eval_results=[

@@ -133,6 +133,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         config.exit_points = [stage.name for stage in stages[:-1]]
         self.stages = self._truncated(stages) if config.truncated else stages
         self.exit_config = ExitConfig()
+        self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""Networks with early exits on the Hub: what is pushed, what is loaded, and what happens when things go wrong."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load
+
+from hf_scan import ExitConfig, ScanForImageClassification
+
+from ..conftest import random_scan_model
+
+
+FILES = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "exit_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+}
+FIRST = ExitConfig(thresholds=[0.5, None, 0.8], search={"method": "by hand"})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A network with thresholds, in a folder, and what it answers to some images."""
+    folder = tmp_path_factory.mktemp("net")
+    model = random_scan_model(image_size=32)
+    model.exit_config = FIRST
+    model.save_pretrained(folder)
+    model = ScanForImageClassification.from_pretrained(folder)
+    return folder, model
+
+
+PUSH = """
+import sys
+from hf_scan import ScanForImageClassification
+model = ScanForImageClassification.from_pretrained(sys.argv[1])
+"""
+
+# Loads by name, and writes what is answered.
+LOAD = """
+import sys, torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+import hf_scan
+name, target, options = sys.argv[1], sys.argv[2], eval(sys.argv[3]) if len(sys.argv) > 3 else {}
+model = AutoModelForImageClassification.from_pretrained(name, **options)
+processor = AutoImageProcessor.from_pretrained(name, **options)
+torch.set_num_threads(1)
+images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    logits = model(images).logits
+exits = model.predict_adaptive(images).exit_index if model.exit_config.thresholds else None
+torch.save((logits, exits, model.exit_config.thresholds, processor.crop_pct, type(model).__module__), target)
+"""
+
+
+def answers(model) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(images).logits, model.predict_adaptive(images).exit_index
+
+
+def check(target, model) -> None:
+    """The same as the network here: the weights to the bit, what they answer to what another process may round."""
+    logits, exits, thresholds, crop, module = torch.load(target)
+    expected = answers(model)
+    torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(exits, expected[1])
+    assert thresholds == FIRST.thresholds
+    assert crop == model.config.preprocessing["crop_pct"]
+    assert module == "hf_scan.modeling_scan"
+
+
+def test_pushed_by_one_and_loaded_by_another(hub, checkpoint, tmp_path):
+    folder, model = checkpoint
+    hub.run(PUSH + 'model.push_to_hub("alice/net", commit_message="First")', folder)
+    files = hub.files("alice/net")
+    assert set(files) == FILES
+    for name in ("model.safetensors", "exit_config.json"):
+        assert files[name] == (folder / name).read_bytes()
+    assert [commit.title for commit in hub.commits("alice/net")] == ["First", "initial commit"]  # nothing half made
+    assert {"scan", "early-exit"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+
+    hub.run(LOAD, "alice/net", tmp_path / "answers", user="bob")
+    check(tmp_path / "answers", model)
+    # From the cache, without a network, whole; and without a cache one sentence.
+    cache = hub.new_folder("home")
+    hub.run(LOAD, "alice/net", tmp_path / "first", user="bob", cache=cache)
+    hub.run(LOAD, "alice/net", tmp_path / "again", user="bob", cache=cache, HF_HUB_OFFLINE="1")
+    check(tmp_path / "again", model)
+    error = hub.run(LOAD, "alice/net", tmp_path / "none", user="bob", HF_HUB_OFFLINE="1", expect_error=True)
+    assert "OSError" in error.splitlines()[-1] or "OSError" in error
+
+
+def test_operating_points_and_revisions(hub, checkpoint, tmp_path):
+    """Several of them beside one model; weights and thresholds of an older revision belong together."""
+    folder, model = checkpoint
+    code = """
+from hf_scan import ExitConfig
+model.push_to_hub("alice/net", revision="work", create_pr=False)
+print(ExitConfig(thresholds=[0.1, 0.1]).push_to_hub("alice/net", "exit_config_fast.json", revision="work").oid)
+print(ExitConfig(thresholds=[0.9, 0.9, 0.9]).push_to_hub("alice/net", revision="work").oid)
+fast = ExitConfig.from_pretrained("alice/net", "exit_config_fast.json", revision="work")
+assert fast.thresholds == [0.1, 0.1], fast
+assert ExitConfig.from_pretrained("alice/net", revision="work").thresholds == [0.9, 0.9, 0.9]
+loaded = ScanForImageClassification.from_pretrained("alice/net", revision="work", exit_config=fast)
+assert loaded.exit_config == fast
+ScanForImageClassification.from_pretrained("alice/net", revision="work").push_to_hub("alice/net", create_pr=True)
+"""
+    shas = hub.run(PUSH + code, folder).stdout.split()
+    hub.run(LOAD, "alice/net", tmp_path / "older", {"revision": shas[-2]})
+    check(tmp_path / "older", model)
+    assert set(hub.files("alice/net")) == {".gitattributes"}
+    assert "model.safetensors" in hub.files("alice/net", "refs/pr/1")
+
+
+def test_never_weights_of_one_commit_and_thresholds_of_another(hub, checkpoint, tmp_path):
+    """Somebody pushes while somebody else loads."""
+    folder, model = checkpoint
+    hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    hub.misbehave("GET", "model.safetensors", action="delay", seconds=4)
+
+    def push_meanwhile() -> None:
+        while not hub.seen("GET", "model.safetensors"):
+            time.sleep(0.05)
+        other = json.dumps({"thresholds": [0.0, 0.0, 0.0]}).encode()
+        hub.push("alice/net", {"exit_config.json": other})
+
+    thread = threading.Thread(target=push_meanwhile)
+    thread.start()
+    hub.run(LOAD, "alice/net", tmp_path / "answers")
+    thread.join()
+    assert len(hub.commits("alice/net")) == 3
+    check(tmp_path / "answers", model)
+
+
+def test_private_sharded_and_in_a_subfolder(hub, checkpoint, tmp_path):
+    folder, model = checkpoint
+    hub.run(PUSH + 'model.push_to_hub("alice/secret", private=True, max_shard_size="300KB")', folder)
+    files = hub.files("alice/secret")
+    assert sum(name.endswith(".safetensors") for name in files) > 1
+    hub.run(LOAD, "alice/secret", tmp_path / "answers")
+    check(tmp_path / "answers", model)
+    for user in ("bob", None):
+        assert "OSError" in hub.run(LOAD, "alice/secret", tmp_path / "none", user=user, expect_error=True)
+    token = {"token": hub.tokens["alice"]}
+    hub.run(LOAD, "alice/secret", tmp_path / "token", token, user=None)
+    check(tmp_path / "token", model)
+    hub.push("alice/many", {f"small/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    hub.run(LOAD, "alice/many", tmp_path / "subfolder", {"subfolder": "small"})
+    check(tmp_path / "subfolder", model)
+
+
+def test_pipeline_by_name(hub, checkpoint):
+    """The task too is read from the card."""
+    folder, _ = checkpoint
+    code = """
+from PIL import Image
+from transformers import pipeline
+from hf_scan.model_card import create_model_card
+model.push_to_hub("alice/net")
+create_model_card(model, None, {}, "alice/net").push_to_hub("alice/net")
+classify = pipeline(model="alice/net")
+print(type(classify).__name__, classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True))
+"""
+    done = hub.run(PUSH + code, folder)
+    assert done.stdout.startswith("ScanImageClassificationPipeline [{'label': 'LABEL_")
+    assert ModelCard(hub.files("alice/net")["README.md"].decode()).data.pipeline_tag == "image-classification"
+
+
+def test_weights_of_timm(hub, tmp_path):
+    """As others have put them on the Hub, with their own code for the network or none."""
+    code = """
+import timm, torch
+from timm.models import push_to_hf_hub
+from hf_scan import ScanForImageClassification
+torch.manual_seed(0)
+net = timm.create_model("resnet10t", num_classes=7)
+push_to_hf_hub(net, "alice/pets", model_config={"label_names": list("abcdefg")})
+model = ScanForImageClassification.from_timm("hf-hub:alice/pets", pretrained=True).eval()
+images = torch.randn(2, 3, 96, 96)
+assert torch.equal(model(images).logits, net.eval()(images))
+assert model.config.backbone.startswith("resnet10t"), model.config.backbone
+assert model.config.id2label[3] == "d", model.config.id2label
+model.push_to_hub("alice/pets-scan")
+"""
+    hub.run(code)
+    config = json.loads(hub.files("alice/pets-scan")["config.json"])
+    assert config["backbone"] == "resnet10t"
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ({"method": "HEAD", "status": 401}, "OSError"),
+        ({"method": "HEAD", "status": 403}, "OSError"),
+        ({"method": "GET", "path": "model.safetensors", "action": "corrupt"}, ""),
+        ({"method": "GET", "path": "model.safetensors", "action": "truncate"}, ""),
+        ({"method": "GET", "path": "exit_config.json", "action": "truncate"}, ""),
+    ],
+    ids=str,
+)
+def test_a_load_that_fails_leaves_nothing_wrong_behind(hub, checkpoint, tmp_path, fault, sentence):
+    """It comes right by itself, or ends in an error and the next one is right."""
+    folder, model = checkpoint
+    hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    cache = hub.new_folder("home")
+    hub.misbehave(times=None if "status" in fault else 1, **fault)
+    load_or_say = f"""
+try:
+    exec({LOAD!r})
+except (OSError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+    done = hub.run(load_or_say, "alice/net", tmp_path / "answers", cache=cache)
+    if sentence:
+        assert sentence in done.stdout or "Error" in done.stdout
+        assert not (tmp_path / "answers").exists()
+    hub.behave()
+    hub.run(LOAD, "alice/net", tmp_path / "answers", cache=cache)
+    check(tmp_path / "answers", model)
+
+
+def test_a_push_that_fails_changes_nothing(hub, checkpoint):
+    folder, _ = checkpoint
+    hub.run(PUSH + 'model.push_to_hub("alice/net")', folder)
+    before = hub.files("alice/net")
+    change = (
+        PUSH
+        + """
+import torch
+from hf_scan import ExitConfig
+with torch.no_grad():
+    model.backbone.fc.weight.add_(1)
+model.exit_config = ExitConfig(thresholds=[0.1, 0.1])
+model.push_to_hub("alice/net")
+"""
+    )
+    hub.misbehave("POST", "/commit/", status=403)
+    error = hub.run(change, folder, expect_error=True)
+    assert "403" in error
+    assert hub.files("alice/net") == before
+    # Rate limits and faults of the server are waited out.
+    hub.misbehave("POST", "/commit/", status=429, headers={"Retry-After": "1"})
+    hub.misbehave("POST", "/preupload/", status=503)
+    try:
+        hub.run(change, folder)
+    except AssertionError:
+        assert hub.files("alice/net") == before
+        hub.behave()
+        hub.run(change, folder)
+    after = hub.files("alice/net")
+    assert json.loads(after["exit_config.json"])["thresholds"] == [0.1, 0.1]
+    assert not torch.equal(
+        load(after["model.safetensors"])["backbone.fc.weight"], load(before["model.safetensors"])["backbone.fc.weight"]
+    )
