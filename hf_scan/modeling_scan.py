@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import is_model_pretrained
@@ -559,7 +561,8 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             exit_config ([`ExitConfig`], *optional*): Used instead of the checkpoint's `exit_config.json`.
 
         Raises:
-            `OSError`: if there are no weights, or they are damaged.
+            `OSError`: if there are no weights, or they are damaged; if a file came from the Hub with another checksum
+                than it has there. It is taken out of the cache again.
             `ValueError`: if the configuration is another model's, the weights lack some of the backbone's, or the
                 exit configuration is not valid.
         """
@@ -567,9 +570,10 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         kwargs["use_safetensors"] = True  # Transformers would fall back to a pickle
         _check_shards(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            with _checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
         except SafetensorError as error:
             raise OSError(
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the file is truncated or "
@@ -592,10 +596,10 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             settings = {name: kwargs[name] for name in names if name in kwargs}
             if getattr(model.config, "_commit_hash", None) is not None:
-                settings["revision"] = (
-                    model.config._commit_hash
-                )  # the weights', though there may be a newer one by now
-            exit_config = ExitConfig.from_pretrained(pretrained_model_name_or_path, **settings)
+                # That of the weights, though there may be a newer one by now.
+                settings["revision"] = model.config._commit_hash
+            with _checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+                exit_config = ExitConfig.from_pretrained(pretrained_model_name_or_path, **settings)
             other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
             if other and exit_config.costs is not None:
                 exit_config = exit_config.update(costs=None)
@@ -692,6 +696,43 @@ def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
         raise ValueError(
             f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business elsewhere."
         )
+
+
+@contextmanager
+def _checked_downloads(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+    """
+    Compares the checksums of the files that come from the Hub meanwhile, which the client does not, and takes those
+    that are damaged out of the cache. They are known there by what the Hub says their checksum is.
+    """
+    started = time.time() - 2  # file systems are not that exact
+    try:
+        yield
+    finally:
+        # A folder has no place in the cache, nor has anything else that is no name of a repository.
+        place = "--".join(["models", *str(name).split("/")])
+        cached = Path(cache_dir or HF_HUB_CACHE, place, "blobs")
+        known = list(cached.iterdir()) if not os.path.isdir(name) and cached.is_dir() else []
+        damaged = [blob for blob in known if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob)]
+        for blob in damaged:
+            blob.unlink()
+        if damaged:
+            raise OSError(
+                f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
+                "they have there. They have been taken out of the cache; load the model again."
+            )
+
+
+def _is_what_it_is_called(blob: Path) -> bool:
+    """Whether a file of the cache has the checksum it is named by: SHA-256, or, of a small one, git's or SHA-1."""
+    algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
+    if algorithm is None:
+        return True
+    digest, of_git = hashlib.new(algorithm), hashlib.new(algorithm, b"blob %d\0" % blob.stat().st_size)
+    with blob.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+            of_git.update(part)
+    return blob.name in (digest.hexdigest(), of_git.hexdigest())
 
 
 def _create_backbone(config: ScanConfig) -> Any:
