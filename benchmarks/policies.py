@@ -43,7 +43,9 @@ from hf_scan.costs import describe_machine
 
 DROPS = (0.0, 0.5, 1.0)  # points that may be lost on the part that chooses
 BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
-# Scores, whether they are right, and costs: the columns are the exits and the ensemble.
+# What no exit is sure about is answered by the deepest, as in the works compared with.
+RULE = ExitConfig(fallback="deepest")
+# Scores, whether they are right, and costs: a column for each exit.
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 Way = Callable[[Columns], Frontier]
 
@@ -104,21 +106,24 @@ class Scores:
     def __init__(self, table: ExitTable, costs: np.ndarray) -> None:
         self.table = table
         self.costs = costs
-        self.known = {name: table.columns(ExitConfig(criterion=name)) for name in ("confidence", "margin", "patience")}
-        self.right = self.known["confidence"][1] == table.labels[:, None]
+        names = ("confidence", "margin", "patience")
+        self.known = {name: self.of(ExitConfig(criterion=name)) for name in names}
+        self.right = table.columns(RULE)[1][:, : table.num_exits] == table.labels[:, None]
+
+    def of(self, exit_config: ExitConfig) -> np.ndarray:
+        return self.table.columns(exit_config)[0][:, : self.table.num_exits]
 
     def columns(self, name: str, part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if name == "temperature":
-            rule = ExitConfig(temperatures=temperatures(self.table.select(part)))
-            scores = self.table.columns(rule)[0]
+            scores = self.of(ExitConfig(temperatures=temperatures(self.table.select(part))))
         elif name == "isotonic":
-            scores = self.known["confidence"][0].copy()
+            scores = self.known["confidence"].copy()
             for column in range(scores.shape[1]):
                 fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
                 fitted.fit(scores[part, column], self.right[part, column])
                 scores[:, column] = fitted.predict(scores[:, column])
         else:
-            scores = self.known[name][0]
+            scores = self.known[name]
         return scores, self.right, self.costs
 
 
@@ -213,7 +218,7 @@ def certified(scores: Scores, deepest: np.ndarray, repeats: int, bounds: list[Ri
 
 def agreement(table: ExitTable) -> np.ndarray:
     """Whether each answer is the deepest exit's."""
-    return table.columns(ExitConfig())[1] == table.deepest[:, None]
+    return table.columns(RULE)[1][:, : table.num_exits] == table.deepest[:, None]
 
 
 def against_genetic(columns: Columns) -> list[dict[str, float]]:
@@ -249,8 +254,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.milliseconds:
         model.exit_config = model.exit_config.update(costs=None)
     prices = Prices.of(model)
-    costs = prices.cumulative(ExitConfig())
-    costs[-1] = costs[-2]  # the ensemble's mean costs nothing to speak of
+    costs = prices.cumulative(RULE)[: model.num_exits]
     table = ExitTable(
         *(np.concatenate([getattr(one, name) for one in (search, test)]) for name in ("logits", "labels", "samples")),
         split="search and test",
@@ -274,7 +278,7 @@ def main(arguments: argparse.Namespace) -> None:
         "seed": seed,
         "images": {"choose": len(search), "judge": len(test), "divisions": arguments.repeats},
         "costs": f"{prices.unit}; below as a share of the plain backbone's",
-        "accuracy of the exits and the ensemble on all": scores.right.mean(axis=0).round(4).tolist(),
+        "accuracy of the exits on all": scores.right.mean(axis=0).round(4).tolist(),
         "oracle": {"accuracy": accuracy, "cost": cost / prices.plain_image},
         "machine": describe_machine(),
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import DataArguments, load_splits, title
+from train import DataArguments, load_splits, metadata, title
 from transformers import AutoImageProcessor, HfArgumentParser
 
 from hf_scan import ExitMonitor, RiskBound, ScanForImageClassification, apply_exit_rule, calibrate, measure_costs
@@ -183,7 +183,8 @@ def main() -> None:
         model.exit_config.save_pretrained(new, arguments.exit_config_name)
         if arguments.exit_config_name == EXIT_CONFIG_NAME:
             (new / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
-            create_model_card(model, report, facts, model_name=arguments.model).save(new / "README.md")
+            shown = {**facts, "frontier": "frontier.png"}
+            create_model_card(model, report, shown, arguments.model, **metadata(data)).save(new / "README.md")
     print(f"Written to {folder}: {arguments.exit_config_name}, frontier.png, exits.png, reliability.png")
 
 

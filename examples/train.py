@@ -322,7 +322,8 @@ def main() -> None:
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
         if isinstance(trainer, ScanTrainer):
             name = trainer.hub_model_id or args.output_dir
-            trainer.card = create_model_card(model, report, facts, model_name=name)
+            source = f"timm/{network.backbone}" if network.backbone_weights == "timm" else None
+            trainer.card = create_model_card(model, report, facts, name, finetuned_from=source, **metadata(data))
             trainer.card.save(folder / "README.md")
     print(f"Written to {args.output_dir}")
     if not network.plain and any("loss" in entry for entry in trainer.state.log_history):  # or too short to log
@@ -337,6 +338,11 @@ def main() -> None:
 def title(name: str) -> str:
     """What to call a dataset or a model where others read it: a folder of this machine by its own name only."""
     return Path(name).name if Path(name).is_dir() else name
+
+
+def metadata(data: DataArguments) -> dict[str, Any]:
+    """What a card says of the data where machines read it: the dataset, if others find it by that name."""
+    return {} if Path(data.dataset_name).exists() else {"datasets": [data.dataset_name]}
 
 
 def checkpoint_choice(trainer: Trainer) -> str:

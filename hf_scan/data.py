@@ -298,14 +298,14 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
         `np.ndarray` of shape `(n,)` and type uint64: 8 bytes of a hash of each; `None` where the dataset is of another
         kind, whose images may be others the next time.
     """
-    while hasattr(dataset, "rows"):
+    while isinstance(dataset, (SeededImages, ImagesInMemory, DecodedRows)):
         dataset = dataset.rows
     if isinstance(dataset, Dataset):
         stored = dataset.with_format("arrow")
         stored = stored if rows is None else stored.select(rows)
         batches = (table.to_pylist() for table in stored.iter(batch_size=64))
         return np.array([_digest(*_content(row)) for batch in batches for row in batch], dtype=np.uint64)
-    if isinstance(dataset, list):
+    if isinstance(dataset, list) and all(isinstance(row, dict) and "pixel_values" in row for row in dataset[:1]):
         singles = (default_data_collator([dataset[row]]) for row in (range(len(dataset)) if rows is None else rows))
         digests = [tensor_digests(item["pixel_values"], item["labels"]) for item in singles]
         return np.concatenate(digests) if digests else np.array([], dtype=np.uint64)

@@ -32,7 +32,7 @@ def entropy(seen: Sequence[torch.Tensor]) -> torch.Tensor:
     """One minus the entropy of the softmax over that of a guess: 1 is certain, 0 knows nothing (as in BranchyNet)."""
     log_probabilities = seen[-1].float().log_softmax(dim=-1)
     certainty = (log_probabilities.exp() * log_probabilities).sum(dim=-1)
-    return 1 + certainty / torch.tensor(float(seen[-1].shape[-1])).log().to(certainty)
+    return (1 + certainty / torch.tensor(float(seen[-1].shape[-1])).log().to(certainty)).clamp(0, 1)
 
 
 def patience(seen: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from .adaptive import AdaptiveOutput
 if TYPE_CHECKING:
     from .modeling_scan import ScanForImageClassification
 
-# A test by counts wants so many in each cell that it compares, in both samples together.
-LEAST_IN_CELL = 10
+# A test by counts wants so many to be expected in each cell, of the smaller sample too.
+LEAST_IN_CELL = 5
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,12 @@ def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndar
 
 def _merged_cells(both: np.ndarray) -> np.ndarray:
     """Neighbours put together until each cell holds enough."""
+    smaller_share = both.sum(axis=1).min() / both.sum()
     merged: list[np.ndarray] = []
     current = np.zeros(2, dtype=both.dtype)
     for cell in both.T:
         current = current + cell
-        if current.sum() >= LEAST_IN_CELL:
+        if current.sum() * smaller_share >= LEAST_IN_CELL:
             merged.append(current)
             current = np.zeros(2, dtype=both.dtype)
     if not merged:

@@ -33,7 +33,7 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
     >>> from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
     >>> from hf_scan.image_processing_scan import create_image_processor
 
-    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10))
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
     >>> model.exit_config = ExitConfig(thresholds=[0.0, 0.0])
     >>> classify = pipeline("image-classification", model=model, image_processor=create_image_processor(model))
     >>> answer = classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True)

@@ -340,9 +340,14 @@ class ScanTrainer(Trainer):
             "seed": self.args.seed,
             "machine": describe_machine(self.args.device),
         }
-        if scores is not None:
+        if (
+            scores is not None
+            and scores.get("step") == self.state.global_step
+            and self.model.exit_config.thresholds is None
+        ):
             report = exit_report(self.model, {name.removeprefix("eval_"): value for name, value in scores.items()})
-        name = model_name or self.args.hub_model_id or path.parent.name
+        # Trainer gives the name without its owner, by which nobody can load it.
+        name = self.hub_model_id or self.args.hub_model_id or model_name or path.parent.name
         create_model_card(self.model, report, facts, model_name=name, **kwargs).save(path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

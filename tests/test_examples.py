@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -322,6 +323,14 @@ def test_calibrate(dataset_folder, tmp_path):
     assert (found.search["max_macs"], found.fallback) == (7e6, "deepest")
     assert ExitConfig.from_pretrained(folder) == config
     assert json.loads((folder / "metrics.json").read_text()) == after
+    # Another test split changes no threshold.
+    other = shutil.copytree(dataset_folder, tmp_path / "other")
+    rows = Dataset.from_parquet(str(other / "test-00000-of-00001.parquet"))
+    rows.select(range(12)).to_parquet(other / "test-00000-of-00001.parquet")
+    where_else = [other if part == dataset_folder else part for part in where]
+    fast = [part.replace("fast", "again") for part in fast]
+    assert "12 test images" in run(sys.executable, EXAMPLES / "calibrate.py", *where_else, *fast)
+    assert ExitConfig.from_pretrained(folder, "exit_config_again.json") == found
     model = AutoModelForImageClassification.from_pretrained(folder, exit_config=found)
     assert model.exit_config == found
 

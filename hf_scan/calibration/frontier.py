@@ -265,5 +265,5 @@ def _moved(
     ends = np.flatnonzero((values > below) & (below < 1))
     kept = ends[undominated(right[ends], spent[ends])] if len(ends) else ends
     moved = np.repeat(policy[None], len(kept), axis=0)
-    moved[:, column] = below[kept]
+    moved[:, column] = np.maximum(below[kept], 0)
     return moved, right[kept] / n, spent[kept] / n

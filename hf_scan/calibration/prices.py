@@ -50,6 +50,8 @@ class Prices:
         Raises:
             `ValueError`: if milliseconds are wanted and none were measured, or not at this batch size.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; expected a whole number of at least 1.")
         if model.exit_config.costs is None and milliseconds:
             raise ValueError(
                 "`max_latency_ms` needs to know how long the exits take here. Measure it: `model.exit_config = "

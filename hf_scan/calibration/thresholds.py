@@ -109,6 +109,8 @@ def calibrate(
     }
     wish = {name: value for name, value in wishes.items() if value is not None}
     _check_wish(wish, latency, guarantee, certify_dataset, search_kwargs)
+    if latency == "p95" and batch_size != 1:
+        raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
     prices = Prices.of(model, batch_size, macs="max_macs" in wish, milliseconds="max_latency_ms" in wish)
 
@@ -346,8 +348,10 @@ def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, 
         "cost_unit": f"{prices.unit}, as a share of the plain backbone's",
     }
     if prices.measured is not None:
-        each = prices.cumulative(config)[left_at]
-        outcome["milliseconds"] = {"mean": cost, "p95": float(np.quantile(each, 0.95, method="inverted_cdf"))}
+        outcome["milliseconds"] = {"mean": cost}
+        if prices.images == 1:
+            each = prices.cumulative(config)[left_at]
+            outcome["milliseconds"]["p95"] = float(np.quantile(each, 0.95, method="inverted_cdf"))
     return outcome
 
 
