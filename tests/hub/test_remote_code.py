@@ -65,7 +65,7 @@ ScanForImageClassification.from_pretrained(sys.argv[1]).push_to_hub("alice/net",
     del environment["PYTHONPATH"]
     for package in ("hf_scan", "datasets", "pygad"):
         code = f"import importlib.util; assert importlib.util.find_spec({package!r}) is None"
-        subprocess.run([python, "-c", code], env=environment, check=True)
+        subprocess.run([python, "-c", code], env=environment, cwd=tmp_path, check=True)
     done = subprocess.run(
         [python, "-c", ANSWER, tmp_path / "without"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
