@@ -184,7 +184,7 @@ def main() -> None:
         if arguments.exit_config_name == EXIT_CONFIG_NAME:
             (new / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
             shown = {**facts, "frontier": "frontier.png"}
-            create_model_card(model, report, shown, arguments.model, **metadata(data)).save(new / "README.md")
+            create_model_card(model, report, shown, title(arguments.model), **metadata(data)).save(new / "README.md")
     print(f"Written to {folder}: {arguments.exit_config_name}, frontier.png, exits.png, reliability.png")
 
 

@@ -321,7 +321,7 @@ def main() -> None:
         processor.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
         if isinstance(trainer, ScanTrainer):
-            name = trainer.hub_model_id or args.output_dir
+            name = trainer.hub_model_id or title(args.output_dir)
             source = f"timm/{network.backbone}" if network.backbone_weights == "timm" else None
             trainer.card = create_model_card(model, report, facts, name, finetuned_from=source, **metadata(data))
             trainer.card.save(folder / "README.md")
@@ -337,7 +337,7 @@ def main() -> None:
 
 def title(name: str) -> str:
     """What to call a dataset or a model where others read it: a folder of this machine by its own name only."""
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name
 
 
 def metadata(data: DataArguments) -> dict[str, Any]:

@@ -101,6 +101,19 @@ class ExitConfig:
         for temperature in self.temperatures or []:
             if not 0 < temperature < float("inf"):
                 raise ValueError(f"`temperatures` is {self.temperatures}; expected a number above 0 for each exit.")
+        self._check_guarantee()
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """The fields that say who leaves where, and with which answer."""
+        return {name: getattr(self, name) for name in RULE}
+
+    def _check_guarantee(self) -> None:
+        if self.guarantee is not None and self.guarantee.get("rule", self.rule) != self.rule:
+            raise ValueError(
+                f"The guarantee is of {self.guarantee['rule']}, and the exit configuration has {self.rule}. Change it "
+                "with `update`, which drops the guarantee, or certify anew with `hf_scan.certify_thresholds`."
+            )
 
     def resolve(self, num_exits: int) -> list[float | int | None]:
         """
@@ -270,6 +283,7 @@ class ExitConfig:
         )
 
     def _check_savable(self) -> None:
+        self._check_guarantee()
         if callable(self.criterion):
             raise ValueError(
                 f"`criterion` is the function {self.criterion!r}, which cannot be saved. Set one by name, and pass "

@@ -322,9 +322,18 @@ def some_digests(dataset: Any) -> str | None:
     """
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
-    rows = np.linspace(0, len(dataset) - 1, min(DIGESTS_KEPT, len(dataset)), dtype=int).tolist()
-    digests = sample_digests(dataset, rows)
-    return None if digests is None else " ".join(f"{digest:016x}" for digest in digests)
+    digests = sample_digests(dataset, evenly(np.arange(len(dataset))).tolist())
+    return None if digests is None else digests_as_text(digests)
+
+
+def evenly(values: np.ndarray) -> np.ndarray:
+    """As many of some values as are kept, spread evenly."""
+    return values[np.linspace(0, len(values) - 1, min(DIGESTS_KEPT, len(values)), dtype=int)]
+
+
+def digests_as_text(digests: np.ndarray) -> str:
+    """As JSON can hold them."""
+    return " ".join(f"{digest:016x}" for digest in digests)
 
 
 def tensor_digests(pixel_values: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

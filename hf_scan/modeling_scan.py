@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -23,7 +23,7 @@ from timm.models import is_model_pretrained
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, ModelOutput, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, logging
 
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
@@ -644,10 +644,11 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             else:
                 # Thresholds that were found for other weights must not be loaded with these.
                 Path(save_directory, EXIT_CONFIG_NAME).unlink(missing_ok=True)
-        if push_to_hub:
+        if push_to_hub and is_main_process:
             # Not left to `super()`, which would upload before the exit configuration is written.
             hub_kwargs.setdefault("repo_id", Path(save_directory).name)
-            self.push_to_hub(token=kwargs.get("token"), include_code=include_code, **hub_kwargs)
+            hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size", "token") if name in kwargs}
+            self.push_to_hub(include_code=include_code, **hub_kwargs)
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> Any:
         """
@@ -684,18 +685,16 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
 
 def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
     """Refuses an index of weights that names files elsewhere. On the Hub there is no elsewhere."""
-    index = Path(path, subfolder, SAFE_WEIGHTS_INDEX_NAME)
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
-    elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
-    if elsewhere:
-        raise ValueError(
-            f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business elsewhere."
-        )
+    for index in Path(path, subfolder).glob("*.index*.json"):  # of any variant
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
+        elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+        if elsewhere:
+            raise ValueError(
+                f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business there."
+            )
 
 
 @contextmanager
@@ -707,19 +706,26 @@ def _checked_downloads(name: str | os.PathLike[str], cache_dir: str | os.PathLik
     started = time.time() - 2  # file systems are not that exact
     try:
         yield
-    finally:
-        # A folder has no place in the cache, nor has anything else that is no name of a repository.
-        place = "--".join(["models", *str(name).split("/")])
-        cached = Path(cache_dir or HF_HUB_CACHE, place, "blobs")
-        known = list(cached.iterdir()) if not os.path.isdir(name) and cached.is_dir() else []
-        damaged = [blob for blob in known if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob)]
-        for blob in damaged:
-            blob.unlink()
-        if damaged:
-            raise OSError(
-                f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
-                "they have there. They have been taken out of the cache; load the model again."
-            )
+    except Exception:
+        _take_out_damaged(name, cache_dir, started)
+        raise
+    _take_out_damaged(name, cache_dir, started)
+
+
+def _take_out_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
+    # A folder has no place in the cache, nor has anything else that is no name of a repository.
+    cached = Path(cache_dir or HF_HUB_CACHE, "--".join(["models", *str(name).split("/")]), "blobs")
+    damaged = []
+    for blob in cached.iterdir() if not os.path.isdir(name) and cached.is_dir() else ():
+        with suppress(FileNotFoundError):  # another process tidies up
+            if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob):
+                blob.unlink()
+                damaged.append(blob)
+    if damaged:
+        raise OSError(
+            f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
+            "they have there. They have been taken out of the cache; load the model again."
+        )
 
 
 def _is_what_it_is_called(blob: Path) -> bool:
@@ -727,12 +733,14 @@ def _is_what_it_is_called(blob: Path) -> bool:
     algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
     if algorithm is None:
         return True
-    digest, of_git = hashlib.new(algorithm), hashlib.new(algorithm, b"blob %d\0" % blob.stat().st_size)
+    digests = [hashlib.new(algorithm)]
+    if algorithm == "sha1":
+        digests.append(hashlib.sha1(b"blob %d\0" % blob.stat().st_size))
     with blob.open("rb") as file:
         while part := file.read(2**20):
-            digest.update(part)
-            of_git.update(part)
-    return blob.name in (digest.hexdigest(), of_git.hexdigest())
+            for digest in digests:
+                digest.update(part)
+    return blob.name in [digest.hexdigest() for digest in digests]
 
 
 def _create_backbone(config: ScanConfig) -> Any:

@@ -135,7 +135,7 @@ class ExitMonitor:
         counts = count_answers(answers, self.model.num_exits, self.reference.shape[1])
         sums = np.bincount(
             answers.exit_index.cpu().numpy(),
-            weights=answers.confidence.double().cpu().numpy(),
+            weights=answers.confidence.cpu().double().numpy(),
             minlength=len(self.reference),
         )
         with self._lock:
@@ -146,10 +146,10 @@ class ExitMonitor:
             return
         rows = torch.arange(len(pixel_values))[-first % self.shadow_every :: self.shadow_every]
         if len(rows):
-            rows = rows.to(pixel_values.device)
+            images = pixel_values[rows.to(pixel_values.device)].to(self.model.device, self.model.dtype)
             with torch.inference_mode():
-                deepest = self.model.backbone(pixel_values[rows]).argmax(dim=-1)
-            differs = int((deepest != answers.logits[rows].argmax(dim=-1)).sum())
+                deepest = self.model.backbone(images).argmax(dim=-1).cpu()
+            differs = int((deepest != answers.logits.argmax(dim=-1).cpu()[rows]).sum())
             with self._lock:
                 self._shadowed += len(rows)
                 self._disagreeing += differs
@@ -157,7 +157,8 @@ class ExitMonitor:
     @property
     def exit_shares(self) -> list[float]:
         """Share of the images that each exit answered, and at last the ensemble, since the last reset."""
-        return (self.counts.sum(axis=1) / max(1, self.counts.sum())).tolist()
+        counts = self.counts
+        return (counts.sum(axis=1) / max(1, counts.sum())).tolist()
 
     @property
     def exit_shares_at_calibration(self) -> list[float]:
@@ -195,10 +196,10 @@ class ExitMonitor:
         answers = CounterMetricFamily("hf_scan_answers", "Images answered at an exit", labels=["exit"])
         confidence = HistogramMetricFamily("hf_scan_confidence", "Confidence of the answers", labels=["exit"])
         share = GaugeMetricFamily("hf_scan_calibration_exit_share", "Share answered at calibration", labels=["exit"])
-        edges = np.linspace(0, 1, self.counts.shape[1] + 1)[1:]
-        for name, row, total, expected in zip(
-            names, self.counts, self._confidence_sums, self.exit_shares_at_calibration
-        ):
+        with self._lock:
+            counts, sums, differing = self.counts, self._confidence_sums, self._disagreeing
+        edges = np.linspace(0, 1, counts.shape[1] + 1)[1:]
+        for name, row, total, expected in zip(names, counts, sums, self.exit_shares_at_calibration):
             answers.add_metric([name], int(row.sum()))
             buckets = [(f"{edge:g}", int(count)) for edge, count in zip(edges, row.cumsum())]
             confidence.add_metric([name], [*buckets, ("+Inf", int(row.sum()))], float(total))
@@ -208,10 +209,7 @@ class ExitMonitor:
         yield GaugeMetricFamily("hf_scan_drift_distance", "Total variation from calibration", value=drift.distance)
         yield GaugeMetricFamily("hf_scan_drift_p_value", "Chi-squared test against calibration", value=drift.p_value)
         yield CounterMetricFamily("hf_scan_shadow_samples", "Images also run to the end", value=shadow.n)
-        differing = CounterMetricFamily(
-            "hf_scan_shadow_disagreements", "Of those, answered otherwise there", value=self._disagreeing
-        )
-        yield differing
+        yield CounterMetricFamily("hf_scan_shadow_disagreements", "Of those, answered otherwise", value=differing)
 
 
 def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndarray:

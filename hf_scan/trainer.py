@@ -103,6 +103,8 @@ class ScanTrainer(Trainer):
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
         self.model_accepts_loss_kwargs = False
         self._set_up(self.model)
+        # At which step, and by which rule, the last evaluation scored weights that are still there.
+        self._scored: tuple[int, dict[str, Any]] | None = None
         self.card: ModelCard | None = None  # what is pushed in place of one from the last evaluation
         self.teacher = self._prepare_teacher(teacher)
         self._mixup: Mixup | None = None
@@ -276,6 +278,8 @@ class ScanTrainer(Trainer):
         counts = np.asarray(prediction.label_ids) != -100  # as for the loss
         predictions, confidences = (np.asarray(column)[counts] for column in prediction.predictions)
         exit_config = self.model.exit_config
+        replaced = self.is_in_train and self.args.load_best_model_at_end  # by other weights, when training ends
+        self._scored = None if replaced else (self.state.global_step, exit_config.rule)
         adaptive: dict[str, Any] = {"fallback": exit_config.fallback}
         if exit_config.thresholds is not None:
             adaptive["thresholds"] = exit_config.thresholds
@@ -334,17 +338,14 @@ class ScanTrainer(Trainer):
             "splits": {
                 name: len(rows)
                 for name, rows in (("train", self.train_dataset), ("evaluation", self.eval_dataset))
-                if hasattr(rows, "__len__")
+                if hasattr(rows, "__len__") and not isinstance(rows, dict)
             },
             "evaluated_on": "evaluation",
             "seed": self.args.seed,
             "machine": describe_machine(self.args.device),
         }
-        if (
-            scores is not None
-            and scores.get("step") == self.state.global_step
-            and self.model.exit_config.thresholds is None
-        ):
+        now = (self.state.global_step, self.model.exit_config.rule)
+        if scores is not None and self._scored == now and scores["step"] == now[0]:
             report = exit_report(self.model, {name.removeprefix("eval_"): value for name, value in scores.items()})
         # Trainer gives the name without its owner, by which nobody can load it.
         name = self.hub_model_id or self.args.hub_model_id or model_name or path.parent.name

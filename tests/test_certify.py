@@ -16,7 +16,7 @@ def rejected(n: int, share: float, margin: float, repeats: int = 400) -> float:
     return float(np.mean([difference_p_value(int(a), int(b), n, margin, 0.001) <= 0.05 for a, b, _ in draws]))
 
 
-@pytest.mark.parametrize(("n", "share"), list(itertools.product([100, 1000], [0.02, 0.1, 0.5])))
+@pytest.mark.parametrize(("n", "share"), list(itertools.product([200, 1000], [0.03, 0.1, 0.5])))
 def test_the_test_of_the_difference_keeps_its_level(n, share):
     # 400 repeats of a test at the level of 5 % reject more than 33 times with a probability of a thousandth.
     assert rejected(n, share, margin=0.02) <= 33 / 400

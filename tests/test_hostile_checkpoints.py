@@ -55,14 +55,24 @@ def test_pickles_under_any_name(checkpoint, tmp_path, name):
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_shards_elsewhere(checkpoint, tmp_path, absolute):
+@pytest.mark.parametrize("variant", [None, "v"])
+def test_shards_elsewhere(checkpoint, tmp_path, absolute, variant):
     index = checkpoint / "model.safetensors.index.json"
+    if variant is not None:
+        index = index.rename(checkpoint / f"model.safetensors.index.{variant}.json")
     weight_map = json.loads(index.read_text())["weight_map"]
     first = min(weight_map.values())
     (checkpoint / first).rename(tmp_path / first)
     there = str(tmp_path / first) if absolute else f"../{first}"
     edit(index, weight_map={key: there if file == first else file for key, file in weight_map.items()})
     with pytest.raises(ValueError, match="which is not a file beside it"):
+        ScanForImageClassification.from_pretrained(checkpoint, variant=variant)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", "../model.safetensors"])
+def test_a_configuration_that_names_its_weights(checkpoint, name):
+    edit(checkpoint / "config.json", transformers_weights=name)
+    with pytest.raises(ValueError, match=r"names \['transformers_weights'\]"):
         ScanForImageClassification.from_pretrained(checkpoint)
 
 
@@ -99,18 +109,19 @@ TOO_LARGE = [
 ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
 def test_sizes_that_would_take_all_memory(checkpoint, tmp_path):
-    """In a process with little memory, where making anything of that size fails."""
+    """Where the system lets it, in a process with little memory, where making anything of that size fails."""
     folders = []
     for index, changes in enumerate(TOO_LARGE):
         folders.append(shutil.copytree(checkpoint, tmp_path / str(index)))
         edit(folders[-1] / "config.json", **changes)
     code = """
-import resource, sys
+import sys
 from hf_scan import ScanForImageClassification
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+if sys.platform == "linux":
+    import resource
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 for folder in sys.argv[1:]:
     try:
         ScanForImageClassification.from_pretrained(folder)

@@ -62,6 +62,22 @@ def test_drift(calibrated):
     assert other.drift().distance > same.drift().distance
 
 
+@pytest.mark.parametrize(("reference", "live"), [(10_000, 20), (10_000, 200), (1_000, 1_000)])
+def test_the_test_keeps_its_level(calibrated, reference, live):
+    """Few images in use against many at calibration, both of one kind."""
+    monitor = ExitMonitor(calibrated)
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(monitor.reference.size, 0.1))
+    p_values = []
+    for _ in range(300):
+        monitor.reference, monitor.counts = (
+            rng.multinomial(n, shares).reshape(monitor.reference.shape) for n in (reference, live)
+        )
+        p_values.append(monitor.drift().p_value)
+    # 300 tests at the level of a twentieth reject more than 28 times with a probability of a thousandth.
+    assert (np.array(p_values) < 0.05).sum() <= 28
+
+
 def test_images_of_the_kind_seldom_look_like_drift(calibrated):
     p_values = []
     for seed in range(40):

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -194,6 +197,19 @@ def test_wishes_that_cannot_be(network, tables, wish, message):
 def test_settings_of_the_genetic_search_are_not_ignored(network, tables):
     with pytest.raises(TypeError, match=r"\['beta'\] are for the genetic search"):
         calibrate(network, tables[0], max_accuracy_drop=1.0, beta=0.5)
+    with pytest.raises(TypeError, match=r"`calibrate` knows no \['max_drop'\]"):
+        calibrate(network, [], max_drop=0.5)  # before the images are looked at
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, None])
+def test_batch_sizes_that_are_none(network, tables, batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}; expected"):
+        calibrate(network, tables[0], speedup=1.1, batch_size=batch_size)
+
+
+def test_p95_is_for_single_images(network, tables):
+    with pytest.raises(ValueError, match="is for single images"):
+        calibrate(network, tables[0], max_latency_ms=5.0, latency="p95", batch_size=8)
 
 
 @pytest.mark.parametrize("loss", ["gap", "disagreement", "error"])
@@ -239,7 +255,7 @@ def test_a_guarantee_and_a_budget(network, tables):
 def test_what_cannot_be_certified(network, tables):
     few = tables[1].select(np.arange(100))
     with pytest.raises(CannotCertifyError, match=r"which about .* samples of the kind would certify"):
-        calibrate(network, tables[0], guarantee=RiskBound(5.0), certify_dataset=few)
+        calibrate(network, tables[0], guarantee=RiskBound(2.0), certify_dataset=few)
 
 
 def test_thresholds_from_anywhere_can_be_certified(network, tables):
@@ -252,8 +268,49 @@ def test_thresholds_from_anywhere_can_be_certified(network, tables):
     with pytest.raises(CannotCertifyError):
         certify_thresholds(network, tables[1], RiskBound(1.0))
     network.exit_config = calibrate(network, tables[0], max_accuracy_drop=0.0)
-    with pytest.raises(ValueError, match="were searched on the 'search' split itself"):
-        certify_thresholds(network, tables[0], RiskBound(5.0))
+    # All of the images that chose them, or most, or some among others: whatever the split is called.
+    others = tables[1].select(np.arange(500))
+    mixed = {
+        name: np.concatenate([getattr(tables[0], name)[:200], getattr(others, name)])
+        for name in ("logits", "labels", "samples")
+    }
+    for table in (tables[0], tables[0].select(np.arange(999), "new"), replace(others, **mixed)):
+        with pytest.raises(ValueError, match=r"were searched on the '(search|new|certify)' split, or a part of it"):
+            certify_thresholds(network, table, RiskBound(5.0))
+    assert certify_thresholds(network, tables[1], RiskBound(5.0)).guarantee["n"] == 3000
+
+
+def test_what_is_certain_is_certified(network, caplog):
+    """Without early exits nothing is lost, though on a small split some policy looks better, and is no longer."""
+    fingerprint = network.fingerprint()
+    search = table(80, 5, model=fingerprint)
+    few = table(310, 6, "certify", fingerprint)
+    for loss in ("gap", "disagreement"):
+        config = calibrate(network, search, guarantee=RiskBound(1.0, loss=loss), certify_dataset=few)
+        assert config.guarantee["p_value"] <= 0.05
+        if config.thresholds[:2] == [None, None]:
+            assert config.guarantee["risk"] == 0
+
+
+def test_a_guarantee_is_not_saved_with_other_thresholds(network, tables, tmp_path):
+    config = calibrate(network, tables[0], guarantee=RiskBound(3.0), certify_dataset=tables[1])
+    config.save_pretrained(tmp_path)
+    assert ExitConfig.from_pretrained(tmp_path) == config
+    config.thresholds = [0.01] * 3
+    with pytest.raises(ValueError, match="The guarantee is of"):
+        config.save_pretrained(tmp_path)
+    edited = json.loads((tmp_path / "exit_config.json").read_text())
+    (tmp_path / "exit_config.json").write_text(json.dumps({**edited, "thresholds": [0.01] * 3}))
+    with pytest.raises(ValueError, match="The guarantee is of"):
+        ExitConfig.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_can_be_saved(network, tables, tmp_path):
+    bound = RiskBound(np.float32(5.0), np.float64(0.1))
+    config = calibrate(
+        network, tables[0], max_accuracy_drop=np.float32(2.0), guarantee=bound, certify_dataset=tables[1]
+    )
+    config.save_pretrained(tmp_path)
 
 
 def test_the_guarantee_goes_with_the_rule(network, tables):

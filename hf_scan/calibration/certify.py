@@ -40,6 +40,8 @@ class RiskBound:
             raise ValueError(f"`delta` is {self.delta}; expected a probability between 0 and 1, such as 0.05.")
         if self.loss not in ("gap", "disagreement", "error"):
             raise ValueError(f"`loss` is {self.loss!r}; expected 'gap', 'disagreement' or 'error'.")
+        for name in ("max_drop", "delta"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # JSON knows no numbers of NumPy
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def certify(
     The policies are tested from the most expensive one on, each at the full level `delta`, until one fails: testing in
     an order that these samples had no part in needs no correction ("learn then test": Angelopoulos et al., 2021, with
     fixed sequence testing). Where the loss is 0 or 1, by the exact binomial test. The gap's is -1, 0 or 1; its test is
-    exact too, the largest over all shares of samples on which the two differ that a confidence interval at a level of
-    `delta / 50` holds, with that level added.
+    exact too, the largest over the shares of samples on which the two differ (a grid of them) that a confidence
+    interval at a level of `delta / 50` holds, with that level added.
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): Confidence of each possible answer, shallow to deep.
@@ -247,8 +249,8 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
     asked = f"a {bound.loss} of at most {bound.max_drop:g} points with a probability of {1 - bound.delta:g}"
     if risk >= bound.max_drop:
         return (
-            f"{n} samples do not certify {asked}: the safest policy has {risk:.2f} points on them, and more samples "
-            "of the kind would not help. Allow a larger `max_drop`."
+            f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, and more "
+            "samples of the kind would not help. Allow a larger `max_drop`."
         )
     shares = ((compared & ~right).mean(), (right & ~compared).mean(), (~right).mean())
 
@@ -261,8 +263,8 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
     needed = _first(suffices, n, MOST_SAMPLES)
     count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
     return (
-        f"{n} samples do not certify {asked}: the safest policy has {risk:.2f} points on them, which {count} samples "
-        "of the kind would certify. Give more, allow a larger `max_drop`, or a larger `delta`."
+        f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
+        "samples of the kind would certify. Give more, allow a larger `max_drop`, or a larger `delta`."
     )
 
 

@@ -14,6 +14,7 @@ from .frontier import Frontier, exact_frontier, polished, undominated
 # With more early exits than these, those combinations are tried that leave few of them on.
 ALL_COMBINATIONS = 5
 FEW = 3
+MOST_ON = 9  # whose grid grows fourfold with each exit
 # Policies on the grids of all combinations together, and on the grid of one.
 MOST_POLICIES = 4_000_000
 MOST_POLICIES_EACH = 1_000_000
@@ -29,8 +30,8 @@ def exit_frontier(
     Finds the best accuracy for every cost, as [`exact_frontier`] does, over every way of switching exits off besides:
     an exit that is off costs nothing, and the ensemble does without it.
 
-    With more than five early exits, only those combinations are tried that leave at most three of them on, and the one
-    that leaves all on.
+    With more than five early exits, only those combinations are tried that leave at most three of them on, and, up to
+    nine, the one that leaves all on.
 
     Args:
         table ([`ExitTable`]): The logits to search on.
@@ -81,7 +82,7 @@ def _combinations(early: int) -> Iterator[tuple[int, ...]]:
     most = early if early <= ALL_COMBINATIONS else FEW
     for count in range(most + 1):
         yield from itertools.combinations(range(early), count)
-    if most < early:
+    if most < early <= MOST_ON:
         yield tuple(range(early))
 
 

@@ -55,21 +55,13 @@ def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]
             two of them share images.
     """
     fingerprint = model.fingerprint()
-    trained_on = (model.exit_config.trained_on or "").split()
     for table in tables:
         if table.model != fingerprint:
             raise ValueError(
                 f"The table of the {table.split!r} split is of other weights than the model's: {table.model[:12]}... "
                 f"instead of {fingerprint[:12]}... Make one with `collect_exit_logits(model, ...)`."
             )
-        known = set(table.samples.tolist())
-        shared = sum(int(digest, base=16) in known for digest in trained_on)
-        if shared > SHARED_BY_CHANCE * len(trained_on):
-            raise ValueError(
-                f"The network was trained on the {table.split!r} split, or a part of it: {shared} of "
-                f"{len(trained_on)} images that it remembers are there. There it is surer, and more often right, "
-                "than it will be; use images that it has not seen."
-            )
+        check_not_among(table, model.exit_config.trained_on, "The network was trained")
     for index, table in enumerate(tables):
         for other in tables[:index]:
             shared = len(np.intersect1d(table.samples, other.samples))
@@ -78,3 +70,23 @@ def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]
                     f"The {other.split!r} and {table.split!r} splits share {shared} images; thresholds have to be "
                     "certified on images that did not choose them."
                 )
+
+
+def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
+    """
+    Args:
+        table ([`ExitTable`]): The split.
+        digests (`str`, *optional*): Of some images that it must not hold, as [`~hf_scan.data.digests_as_text`].
+        what (`str`): What was done on those, as the beginning of a sentence.
+
+    Raises:
+        `ValueError`: if the split holds more of them than by chance.
+    """
+    known, remembered = set(table.samples.tolist()), (digests or "").split()
+    shared = sum(int(digest, base=16) in known for digest in remembered)
+    if shared > SHARED_BY_CHANCE * len(remembered):
+        raise ValueError(
+            f"{what} on the {table.split!r} split, or a part of it: {shared} of {len(remembered)} images that are "
+            "remembered are there, where answers are surer, and more often right, than they will be. Use images that "
+            "had no part in it."
+        )

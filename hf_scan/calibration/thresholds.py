@@ -1,13 +1,16 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """From a held-out split and a wish to an [`ExitConfig`]."""
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..adaptive import ExitConfig, apply_exit_rule
+from ..data import digests_as_text, evenly
 from ..monitor import count_answers
 from .certify import Certificate, RiskBound, certify_answers
 from .exit_frontier import exit_frontier, num_columns
@@ -15,11 +18,13 @@ from .exit_table import ExitTable, collect_exit_logits
 from .frontier import Frontier, undominated
 from .genetic import genetic_search
 from .prices import Prices
-from .splits import check_apart, check_usable
+from .splits import check_apart, check_not_among, check_usable
 
 
 if TYPE_CHECKING:
     from ..modeling_scan import ScanForImageClassification
+
+logger = logging.get_logger(__name__)
 
 # What of the reference a confidence counts in: twentieths of [0, 1].
 CONFIDENCE_BINS = 20
@@ -132,19 +137,23 @@ def calibrate(
         thresholds, settings = _genetic(table, rule, prices, search_kwargs)
         found = {"method": "genetic", **settings}
     else:
-        found = {"method": "exact frontier", **wish, **({"latency": latency} if "max_latency_ms" in wish else {})}
+        found = {"method": "exact frontier", **{name: float(value) for name, value in wish.items()}}
+        if "max_latency_ms" in wish:
+            found["latency"] = latency
         frontier = _wished(table, rule, prices, wish, latency, guarantee)
         row = 0
         if guarantee is not None:
             certificate = _certified(tables[1], rule, frontier.thresholds, guarantee)
             row = certificate.policy
+            if np.isnan(frontier.thresholds[row, : table.num_exits - 1]).all():
+                logger.warning("Only the network without early exits keeps the guarantee on these images.")
         thresholds = _as_list(frontier.thresholds[row])
     known = {"trained_on": model.exit_config.trained_on, "costs": model.exit_config.costs}
     config = rule.update(thresholds=thresholds, **known)
     search = {**found, **_facts(table), **_outcome(table, config, prices)}
     config = config.update(search=search, reference=_reference(table, config))
     if guarantee is not None:
-        config = config.update(guarantee={**certificate.to_dict(), **_facts(tables[1])})
+        config = config.update(guarantee={**certificate.to_dict(), **_facts(tables[1]), "rule": config.rule})
     return config
 
 
@@ -169,14 +178,10 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, "certify")
     check_apart(model, [table])
     check_usable(table, config)
-    if config.search is not None and config.search.get("fingerprint") == table.fingerprint:
-        raise ValueError(
-            f"The thresholds were searched on the {table.split!r} split itself, where they are at their best; a "
-            "guarantee needs images that had no part in it."
-        )
+    check_not_among(table, (config.reference or {}).get("samples"), "The thresholds were searched")
     policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
     certificate = _certified(table, config, policy, bound)
-    return config.update(guarantee={**certificate.to_dict(), **_facts(table)})
+    return config.update(guarantee={**certificate.to_dict(), **_facts(table), "rule": config.rule})
 
 
 def _check_wish(
@@ -191,6 +196,10 @@ def _check_wish(
     if (wish or guarantee is not None) and search_kwargs:
         raise TypeError(
             f"{sorted(search_kwargs)} are for the genetic search, which is for when nothing is wished for."
+        )
+    if unknown := sorted(set(search_kwargs) - set(inspect.signature(genetic_search).parameters)):
+        raise TypeError(
+            f"`calibrate` knows no {unknown}; expected one of its wishes, or settings of `genetic_search`."
         )
     if certify_dataset is not None and guarantee is None:
         raise ValueError(
@@ -234,6 +243,7 @@ def _wished(
     truth = table.deepest if disagreement else table.labels
     name, value = next(iter(wish.items()), ("", 0.0))
     baseline = float((table.deepest == table.labels).mean())
+    least_accuracy = value if name == "min_accuracy" else baseline - value / 100
     if name == "max_latency_ms" and latency == "p95":
         frontier, fits, best = _mostly_within(table, rule, prices, value, truth)
     else:
@@ -242,7 +252,7 @@ def _wished(
             frontier = _in_shrinking_batches(table, rule, prices, frontier)
         if name in ACCURACY_WISHES:
             frontier, accuracy = _with_accuracy(table, rule, frontier, known=not disagreement)
-            fits = accuracy >= (value if name == "min_accuracy" else baseline - value / 100) - 1e-12
+            fits = accuracy >= least_accuracy - 1e-12
             highest = accuracy.max()
             best = f"the highest accuracy is {highest:.2%}, {100 * (baseline - highest):+.2f} points of drop"
         elif name:
@@ -263,7 +273,14 @@ def _wished(
     compared = baseline if guarantee.loss == "gap" else 1.0
     hopeful = compared - frontier.accuracy <= guarantee.max_drop / 100
     hopeful[-1] = True
-    return _thinned(frontier.select(hopeful))
+    frontier = _thinned(frontier.select(hopeful))
+    if guarantee.loss == "error" or (name and baseline < least_accuracy):
+        return frontier
+    # Without early exits nothing is lost for certain, and so it is tested first; on the frontier it need not be.
+    plain = np.zeros((1, frontier.thresholds.shape[1]))
+    plain[0, : table.num_exits - 1] = np.nan
+    top = Frontier(np.array([compared]), np.array([prices.plain_image]), plain)
+    return Frontier(*(np.concatenate(pair) for pair in zip(vars(frontier).values(), vars(top).values())))
 
 
 ACCURACY_WISHES = ("max_accuracy_drop", "min_accuracy")
@@ -288,8 +305,8 @@ def _mostly_within(
 def _in_shrinking_batches(table: ExitTable, rule: ExitConfig, prices: Prices, frontier: Frontier) -> Frontier:
     """The frontier counts full batches; what is left of one takes longer for each image."""
     frontier = _thinned(frontier)
-    outcomes = [_leaving(table, rule, thresholds) for thresholds in frontier.thresholds]
-    cost = np.array([prices.mean(config, shares.tolist()) for config, _, shares in outcomes])
+    policies = [rule.update(thresholds=_as_list(thresholds)) for thresholds in frontier.thresholds]
+    cost = np.array([prices.mean(policy, _shares(table, policy)) for policy in policies])
     return Frontier(frontier.accuracy, cost, frontier.thresholds).select(undominated(frontier.accuracy, cost))
 
 
@@ -298,7 +315,7 @@ def _with_accuracy(table: ExitTable, rule: ExitConfig, frontier: Frontier, known
     if known:
         return frontier, frontier.accuracy
     frontier = _thinned(frontier)
-    predictions = (_leaving(table, rule, thresholds)[1] for thresholds in frontier.thresholds)
+    predictions = (_answers(table, rule, thresholds) for thresholds in frontier.thresholds)
     return frontier, np.array([(classes == table.labels).mean() for classes in predictions])
 
 
@@ -308,16 +325,19 @@ def _thinned(frontier: Frontier) -> Frontier:
 
 def _certified(table: ExitTable, rule: ExitConfig, policies: np.ndarray, bound: RiskBound) -> Certificate:
     truth = table.deepest if bound.loss == "disagreement" else table.labels
-    right = (_leaving(table, rule, thresholds)[1] == truth for thresholds in reversed(policies))
+    right = (_answers(table, rule, thresholds) == truth for thresholds in reversed(policies))
     return certify_answers(right, bound, table.deepest == table.labels, len(policies))
 
 
-def _leaving(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> tuple[ExitConfig, np.ndarray, np.ndarray]:
-    """A policy as a configuration, the classes it answers, and the shares that leave at each exit and at none."""
+def _answers(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> np.ndarray:
+    """The classes that a policy answers, `(n,)`."""
     config = rule.update(thresholds=_as_list(thresholds))
-    exit_logits = torch.from_numpy(table.logits).unbind(dim=1)
-    predictions = apply_exit_rule(exit_logits, config).logits.argmax(dim=-1).numpy()
-    return config, predictions, np.bincount(_left_at(table, config), minlength=table.num_exits + 1) / len(table)
+    return apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config).logits.argmax(dim=-1).numpy()
+
+
+def _shares(table: ExitTable, config: ExitConfig) -> list[float]:
+    """The shares that leave at each exit, and at last at none."""
+    return (np.bincount(_left_at(table, config), minlength=table.num_exits + 1) / len(table)).tolist()
 
 
 def _left_at(table: ExitTable, config: ExitConfig) -> np.ndarray:
@@ -338,9 +358,7 @@ def _facts(table: ExitTable) -> dict[str, Any]:
 def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, Any]:
     """What a configuration gives on a split."""
     answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
-    left_at = _left_at(table, config)
-    shares = np.bincount(left_at, minlength=table.num_exits + 1) / len(table)
-    cost = prices.mean(config, shares.tolist())
+    cost = prices.mean(config, _shares(table, config))
     outcome: dict[str, Any] = {
         "baseline_accuracy": float((table.deepest == table.labels).mean()),
         "accuracy": float((answers.logits.argmax(dim=-1).numpy() == table.labels).mean()),
@@ -350,7 +368,7 @@ def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, 
     if prices.measured is not None:
         outcome["milliseconds"] = {"mean": cost}
         if prices.images == 1:
-            each = prices.cumulative(config)[left_at]
+            each = prices.cumulative(config)[_left_at(table, config)]
             outcome["milliseconds"]["p95"] = float(np.quantile(each, 0.95, method="inverted_cdf"))
     return outcome
 
@@ -358,4 +376,5 @@ def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, 
 def _reference(table: ExitTable, config: ExitConfig) -> dict[str, Any]:
     """Where samples left and how sure they were, as counts: a row for each exit and the last answer."""
     answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
-    return {"bins": CONFIDENCE_BINS, "counts": count_answers(answers, table.num_exits, CONFIDENCE_BINS).tolist()}
+    counts = count_answers(answers, table.num_exits, CONFIDENCE_BINS).tolist()
+    return {"bins": CONFIDENCE_BINS, "counts": counts, "samples": digests_as_text(evenly(table.samples))}

@@ -100,6 +100,11 @@ trainer = ScanTrainer(model, args, train_dataset=images, eval_dataset=images)
 trainer.train()
 trainer.evaluate()
 trainer.push_to_hub(dataset="noise", license="apache-2.0")
+from hf_scan import ExitConfig
+model.exit_config = ExitConfig(thresholds=[1.0, 1.0])
+trainer.create_model_card()
+card = open("net/README.md").read()
+assert "Accuracy" not in card and 'from_pretrained("alice/net")' in card, card  # the figures are of another rule
 """
     hub.run(code)
     files = hub.files("alice/net")
