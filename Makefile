@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Two files of tests at a time, on a thread each: most of the time they wait for processes that they start.
+PARALLEL := --numprocesses 2 --dist loadfile
+test test-lower: export OMP_NUM_THREADS ?= 1
 # Nothing below talks to the Hub.
 export HF_HUB_OFFLINE ?= 1
 
@@ -20,7 +23,7 @@ quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, s
 	$(VENV)/bin/python examples/quickstart.py
 
 test: $(STAMP)   ## Run the tests
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 $(VENV)-lower/.installed: pyproject.toml tests/lower_bounds.txt
 	test -x $(VENV)-lower/bin/python || $(PYTHON) -m venv $(VENV)-lower
@@ -28,7 +31,7 @@ $(VENV)-lower/.installed: pyproject.toml tests/lower_bounds.txt
 	touch $@
 
 test-lower: $(VENV)-lower/.installed ## Run the tests with the oldest versions that are supported
-	$(VENV)-lower/bin/python -m pytest
+	$(VENV)-lower/bin/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)   ## Check style and types
 	$(VENV)/bin/ruff check .

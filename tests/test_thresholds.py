@@ -330,7 +330,7 @@ def test_the_guarantee_goes_with_the_rule(network, tables):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.select(np.arange(19)), "has 19 samples; thresholds need at least 20"),
+        (lambda t: t.select(np.arange(9)), "has 9 samples; thresholds need at least 10"),
         (lambda t: t.select(t.labels == 2), "one class only, 2"),
         (
             lambda t: ExitTable(np.where(t.logits > 4, np.nan, t.logits), t.labels, t.samples, t.split, t.model),

@@ -13,8 +13,8 @@ from .exit_table import ExitTable
 if TYPE_CHECKING:
     from ..modeling_scan import ScanForImageClassification
 
-# With fewer, the accuracy of a policy is known to no better than ten points and more.
-LEAST_SAMPLES = 20
+# With fewer, one sample is ten points of accuracy and more.
+LEAST_SAMPLES = 10
 # Datasets hold some images twice. Splits that share more than this were not kept apart.
 SHARED_BY_CHANCE = 0.01
 
