@@ -172,8 +172,11 @@ class ScanConfig(PreTrainedConfig):
     def _check_numbers(self, values: dict[str, Any]) -> None:
         for name, largest in LARGEST.items():
             value = values.get(name)
-            if isinstance(value, int) and not 1 <= value <= largest:
-                raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1 and at most {largest}.")
+            least = 0 if name == "num_labels" else 1  # of labels, the network asks for two itself
+            if isinstance(value, int) and not least <= value <= largest:
+                raise ValueError(
+                    f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
+                )
         for name, value in self.backbone_kwargs.items():
             if any(abs(number) > LARGEST_ARGUMENT for number in _numbers(value)):
                 raise ValueError(
