@@ -73,6 +73,11 @@ class CalibrationArguments:
         default=0.5,
         metadata={"help": "Without a wish: acceleration that a point of accuracy is worth in the genetic search."},
     )
+    generations: int = field(default=100, metadata={"help": "Of the genetic search."})
+    population_size: int = field(default=50, metadata={"help": "Of the genetic search."})
+    temperatures: list[float] | None = field(
+        default=None, metadata={"help": "One for each exit, by which its logits are divided before they are scored."}
+    )
     fallback: str = field(default="ensemble", metadata={"help": "'ensemble', 'deepest' or 'most_confident'."})
     criterion: str = field(default="confidence", metadata={"help": "What a score is; see `ExitConfig`."})
     measure: bool = field(default=True, metadata={"help": "Measure first what the exits cost here."})
@@ -86,7 +91,8 @@ class CalibrationArguments:
             wish["latency"] = self.latency
         if self.guarantee is not None:
             wish["guarantee"] = RiskBound(self.guarantee, self.delta, self.loss)  # type: ignore[arg-type]
-        return wish or {"beta": self.beta, "seed": self.seed or 0}
+        settings = ("beta", "generations", "population_size")
+        return wish or {**{name: getattr(self, name) for name in settings}, "seed": self.seed or 0}
 
 
 def score(model: ScanForImageClassification, table: ExitTable) -> dict[str, float]:
@@ -155,7 +161,8 @@ def main() -> None:
         model.exit_config = model.exit_config.update(costs=costs.to_dict())
 
     wish = arguments.wish()
-    settings = {"fallback": arguments.fallback, "criterion": arguments.criterion, "batch_size": arguments.batch_size}
+    names = ("fallback", "criterion", "temperatures", "batch_size")
+    settings = {name: getattr(arguments, name) for name in names}
     model.exit_config = calibrate(model, search, **settings, **wish)
     scores = score(model, test)
     rows = {row["name"]: row for row in facts.get("rows", [])}

@@ -56,8 +56,9 @@ class ExitConfig:
             What is certified of the thresholds: [`~hf_scan.calibration.Certificate`] as a dictionary.
         reference (`dict[str, Any]`, *optional*):
             Where samples left and how sure they were when the thresholds were found, for [`~hf_scan.ExitMonitor`].
-        trained_on (`str`, *optional*):
-            Digests of some images that the weights were trained on, so that no thresholds are found on such.
+        trained_on, searched_on (`str`, *optional*):
+            How many images the weights were trained on and the thresholds found on, and the digests of some, so that
+            none are found on the former, and none certified on either.
         costs (`dict[str, Any]`, *optional*):
             What stages and heads cost on some machine: [`~hf_scan.costs.MeasuredCosts`] as a dictionary.
 
@@ -84,6 +85,7 @@ class ExitConfig:
     guarantee: dict[str, Any] | None = None
     reference: dict[str, Any] | None = None
     trained_on: str | None = None
+    searched_on: str | None = None
     costs: dict[str, Any] | None = None
 
     # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.

@@ -287,8 +287,9 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
     """
     Tells which images a dataset holds, so that two datasets can be seen to share some.
 
-    An image of a `datasets.Dataset` is known by its row as it is stored, whatever the transform; so is one of the
-    classes here, which know their dataset. One of a list is known by its `pixel_values` and label.
+    An image of a `datasets.Dataset` is known by its bytes as they are stored, whatever the transform and the other
+    columns; a row without an image, by all that it holds. So is one of the classes here, which know their dataset. One
+    of a list is known by its `pixel_values` and label.
 
     Args:
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): The images.
@@ -301,7 +302,8 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
     while isinstance(dataset, (SeededImages, ImagesInMemory, DecodedRows)):
         dataset = dataset.rows
     if isinstance(dataset, Dataset):
-        stored = dataset.with_format("arrow")
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+        stored = (dataset.select_columns(images) if images else dataset).with_format("arrow")
         stored = stored if rows is None else stored.select(rows)
         batches = (table.to_pylist() for table in stored.iter(batch_size=64))
         return np.array([_digest(*_content(row)) for batch in batches for row in batch], dtype=np.uint64)
@@ -312,28 +314,49 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
     return None
 
 
-DIGESTS_KEPT = 128
+DIGESTS_KEPT = 512
+DIGEST_DIGITS = 12  # hexadecimal; of a million images, two are taken for each other once in 500 times
 
 
 def some_digests(dataset: Any) -> str | None:
     """
-    The digests of images spread evenly over a dataset, as text to be saved. A split that holds a tenth of the dataset
-    holds about a tenth of these.
+    How many images a dataset holds, and the digests of some, spread evenly over it, as text to be saved. A split that
+    holds a tenth of the dataset holds about a tenth of these.
     """
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
-    digests = sample_digests(dataset, evenly(np.arange(len(dataset))).tolist())
-    return None if digests is None else digests_as_text(digests)
-
-
-def evenly(values: np.ndarray) -> np.ndarray:
-    """As many of some values as are kept, spread evenly."""
-    return values[np.linspace(0, len(values) - 1, min(DIGESTS_KEPT, len(values)), dtype=int)]
+    digests = sample_digests(dataset, _evenly(len(dataset)).tolist())
+    return None if digests is None else _as_text(digests, len(dataset))
 
 
 def digests_as_text(digests: np.ndarray) -> str:
-    """As JSON can hold them."""
-    return " ".join(f"{digest:016x}" for digest in digests)
+    """[`some_digests`] of a dataset whose digests are all known."""
+    return _as_text(digests[_evenly(len(digests))], len(digests))
+
+
+def shared_with(digests: np.ndarray, text: str) -> tuple[int, float]:
+    """
+    Args:
+        digests (`np.ndarray` of shape `(n,)`): Of a split's images.
+        text (`str`): What [`some_digests`] gave for a dataset.
+
+    Returns:
+        `tuple[int, float]`: how many of the remembered images are in the split, and how many would be if the whole
+        split were a part of the dataset.
+    """
+    size, _, remembered = text.rpartition(": ")
+    words = remembered.split()
+    known = {f"{digest:016x}"[:DIGEST_DIGITS] for digest in digests}
+    share = len(words) / int(size) if size.isdigit() and int(size) else 1.0
+    return sum(word[:DIGEST_DIGITS] in known for word in words), share * len(known)
+
+
+def _evenly(count: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(DIGESTS_KEPT, count), dtype=int)
+
+
+def _as_text(digests: np.ndarray, size: int) -> str:
+    return f"{size}: " + " ".join(f"{digest:016x}"[:DIGEST_DIGITS] for digest in digests)
 
 
 def tensor_digests(pixel_values: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

@@ -91,10 +91,13 @@ def test_the_same_seed_gives_the_same_thresholds_and_leaves_global_randomness_al
     [
         (lambda c, r, k: (c, r[:, :2], k), "do not belong together"),
         (lambda c, r, k: (c, r, k[:2]), "do not belong together"),
-        (lambda c, r, k: (c[:0], r[:0], k), "expected samples and two columns"),
+        (lambda c, r, k: (c[:0], r[:0], k), "expected samples, and a column"),
         (lambda c, r, k: (np.where(c > 0.9, np.nan, c), r, k), "look for NaN in the logits"),
-        (lambda c, r, k: (c, r, k * 0), "costs above 0"),
+        (lambda c, r, k: (c, r, k * 0), "expected finite numbers above 0"),
         (lambda c, r, k: (c, r, k[::-1]), "do not fall with depth"),
+        (lambda c, r, k: (c, r + 1, k), "other numbers than 0 and 1"),  # predicted classes, say
+        (lambda c, r, k: (c.astype(str), r, k), "expected an array of numbers"),
+        (lambda c, r, k: (c, [[True, False], [True]], k), "is not an array of numbers"),
     ],
 )
 def test_bad_tables(change, message):
@@ -107,6 +110,81 @@ def test_bad_tables(change, message):
     ):
         with pytest.raises(ValueError, match=message):
             search(*table)
+
+
+def test_the_genetic_search_does_not_depend_on_the_unit_of_cost():
+    confidences, correct, costs = scores()
+    shares, macs = (
+        genetic_search(confidences, correct, c, generations=20, progress=False) for c in (costs, costs * 4e7)
+    )
+    assert shares.thresholds == macs.thresholds
+    assert shares.fitness == pytest.approx(macs.fitness)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("population_size", 1), ("bits", 0), ("beta", float("nan")), ("threshold_range", 2), ("generations", 0)],
+)
+def test_bad_settings_of_the_genetic_search(setting, value):
+    with pytest.raises(ValueError, match=f"`{setting}` is {value}; expected a number from"):
+        genetic_search(*scores(20), progress=False, **{setting: value})
+
+
+def test_genetic_search_wants_confidences():
+    confidences, correct, costs = scores(20)
+    with pytest.raises(ValueError, match=r"lie between -.* so bring them there"):
+        genetic_search(-confidences, correct, costs, progress=False)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
+def test_no_search_beats_the_frontier_where_the_grid_is_coarse(beta):
+    rng = np.random.default_rng(1)
+    skill = rng.normal(size=(1500, 1)) + np.linspace(0.5, 2, 4)
+    confidences = 1 / (1 + np.exp(-skill - 0.7 * rng.normal(size=(1500, 4))))
+    table = confidences, rng.random((1500, 4)) < confidences, np.linspace(0.3, 1, 4)
+    frontier = exact_frontier(*table, max_policies=20_000)
+    for seed in range(3):
+        found = genetic_search(*table, beta=beta, threshold_range=0.9, seed=seed, progress=False)
+        assert frontier.accuracy[frontier.cost <= found.cost + 1e-12].max() >= found.accuracy
+
+
+@pytest.mark.parametrize("change", [lambda c: -c, lambda c: 5 * c - 2, lambda c: np.log(c)])
+def test_a_frontier_of_scores_that_are_no_shares(change):
+    """What only the order of scores decides does not change with them."""
+    confidences, correct, costs = scores(200)
+    order = np.sign(change(np.array([0.9]))[0] - change(np.array([0.1]))[0])
+    expected = exact_frontier(order * confidences if order < 0 else confidences, correct, costs)
+    found = exact_frontier(change(confidences), correct, costs)
+    assert np.array_equal(found.accuracy, expected.accuracy)
+    assert np.array_equal(found.cost, expected.cost)
+    assert found.cost[0] == pytest.approx(costs[0])  # everything leaves at once
+
+
+def test_a_frontier_of_many_exits():
+    rng = np.random.default_rng(0)
+    confidences = rng.random((300, 13))
+    table = confidences, rng.random((300, 13)) < confidences, np.linspace(0.2, 1, 13)
+    frontier = exact_frontier(*table, max_policies=50_000)
+    for row in (0, len(frontier) // 2, -1):
+        accuracy, cost = evaluate_policies(*table, frontier.thresholds[row])
+        assert (accuracy[0], cost[0]) == (frontier.accuracy[row], frontier.cost[row])
+    shared = shared_threshold_frontier(*table)
+    for accuracy, cost in zip(shared.accuracy, shared.cost):
+        assert frontier.accuracy[frontier.cost <= cost + 1e-9].max() >= accuracy - 0.02
+
+
+def test_a_frontier_of_one_answer():
+    frontier = exact_frontier(np.full((4, 1), 0.5), np.array([[1], [1], [0], [1]]), [2.0])
+    assert (frontier.accuracy.tolist(), frontier.cost.tolist(), frontier.thresholds.tolist()) == (
+        [0.75],
+        [2.0],
+        [[0.0]],
+    )
+
+
+def test_a_grid_needs_policies():
+    with pytest.raises(ValueError, match="`max_policies` is 0"):
+        exact_frontier(*scores(20), max_policies=0)
 
 
 def dataset(n: int = 70, seed: int = 0) -> list[dict]:
@@ -270,3 +348,33 @@ def test_one_threshold_for_all_is_that_of_brute_force(n, columns, seed, distinct
     found = shared_threshold_frontier(confidences, correct, costs)
     assert set(zip(np.round(found.accuracy, 9), np.round(found.cost, 9))) == best
     assert (found.thresholds[:, :-1] == found.thresholds[:, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        (None, TypeError, "is a NoneType; expected a dataset with a length"),
+        ("table.safetensors", TypeError, "is a str; expected a dataset"),
+        ([], ValueError, "split is empty"),
+        ([(torch.zeros(3, 16, 16), 1)], TypeError, "rows of type tuple; expected dictionaries"),
+        ([{"image": 1, "labels": 1}], ValueError, r"rows of \['image', 'labels'\]; expected `pixel_values`"),
+        ([{"pixel_values": torch.zeros(3, 16, 16)}], ValueError, r"rows of \['pixel_values'\]; expected"),
+        ([{"pixel_values": torch.zeros(3, 16, 16), "labels": "cat"}], ValueError, "labels such as 'cat'"),
+    ],
+)
+def test_rows_that_will_not_do(model, rows, kind, message):
+    with pytest.raises(kind, match=message):
+        collect_exit_logits(model, rows)
+
+
+def test_tables_that_are_none(model, tmp_path):
+    table = collect_exit_logits(model, dataset(12))
+    table.save(tmp_path / "new" / "search.safetensors")
+    whole = (tmp_path / "new" / "search.safetensors").read_bytes()
+    for number, content in enumerate((b"junk", whole[:-8], whole.replace(b"exit_table", b"exit_stool"))):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a whole table of exit logits"):
+            ExitTable.load(path)
+    with pytest.raises(ValueError, match="do not belong together"):
+        ExitTable(table.logits, table.labels[:5], table.samples, "search", table.model)

@@ -317,10 +317,12 @@ def test_calibrate(dataset_folder, tmp_path):
         "exit_config_fast.json",
         "--fallback",
         "deepest",
+        "--temperatures",
+        *("1.5", "1.2", "1.0"),
     ]
     run(sys.executable, EXAMPLES / "calibrate.py", *where, *fast)
     found = ExitConfig.from_pretrained(folder, "exit_config_fast.json")
-    assert (found.search["max_macs"], found.fallback) == (7e6, "deepest")
+    assert (found.search["max_macs"], found.fallback, found.temperatures) == (7e6, "deepest", [1.5, 1.2, 1.0])
     assert ExitConfig.from_pretrained(folder) == config
     assert json.loads((folder / "metrics.json").read_text()) == after
     # Another test split changes no threshold.

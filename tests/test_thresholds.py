@@ -4,11 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from hf_scan import ExitConfig, RiskBound, apply_exit_rule, calibrate, certify_thresholds
 from hf_scan.calibration import CannotCertifyError, ExitTable, collect_exit_logits, exact_frontier, exit_frontier
 from hf_scan.costs import ExitCosts, MeasuredCosts, count_macs
+from hf_scan.data import digests_as_text, sample_digests, shared_with, some_digests
 
 from .conftest import random_scan_model
 
@@ -341,6 +342,8 @@ def test_the_guarantee_goes_with_the_rule(network, tables):
             lambda t: ExitTable(t.logits, t.labels, t.samples, t.split, "ab" * 32),
             "is of other weights than the model's",
         ),
+        (lambda t: replace(t, labels=t.labels + 1), "labels from 1 to 5, and the network knows 5 classes"),
+        (lambda t: replace(t, logits=t.logits[:, :2]), "has 2 exits with 5 labels, and the network has 3"),
     ],
 )
 @pytest.mark.parametrize("step", ["search", "certify"])
@@ -371,12 +374,127 @@ def test_splits_that_share_images(network, tables):
 
 def test_images_that_were_trained_on(network, tables):
     network = random_scan_model()
-    digests = [f"{digest:016x}" for digest in tables[0].samples[::100]]
-    network.exit_config = ExitConfig(trained_on=" ".join(digests))
-    with pytest.raises(ValueError, match="was trained on the 'search' split, or a part of it: 10 of 10"):
+    network.exit_config = ExitConfig(trained_on=digests_as_text(tables[0].samples))
+    message = "was trained on the 'search' split, or a part of it: 512 images that are remembered are there, of 512"
+    with pytest.raises(ValueError, match=message):
         calibrate(network, tables[0], max_accuracy_drop=1.0)
     kept = calibrate(network, tables[1], max_accuracy_drop=1.0)
     assert kept.trained_on == network.exit_config.trained_on
+
+
+@pytest.mark.parametrize(("size", "refused"), [(500, True), (50, False)])
+def test_a_hundredth_of_the_training_images_is_recognised(network, size, refused):
+    """512 of 50,000 are remembered; of 500 that were trained on, about five of these. Fifty are too few to tell."""
+    rng = np.random.default_rng(0)
+    trained = rng.integers(0, 2**62, 50_000).astype(np.uint64)
+    network.exit_config = ExitConfig(trained_on=digests_as_text(trained))
+    caught = 0
+    for seed in range(20):
+        rows = table(size, seed, model=network.fingerprint())
+        rows = replace(rows, samples=rng.choice(trained, size, replace=False))
+        try:
+            calibrate(network, rows, max_accuracy_drop=5.0)
+        except ValueError as error:
+            caught += "was trained on" in str(error)
+    network.exit_config = ExitConfig()
+    assert (caught >= 15) if refused else (caught <= 2)
+
+
+def test_a_few_images_that_are_in_both_splits_by_chance_are_no_reason_to_refuse(network):
+    trained = np.arange(50_000, dtype=np.uint64) * np.uint64(2**40 + 1)
+    network.exit_config = ExitConfig(trained_on=digests_as_text(trained))
+    rows = table(5000, 3, model=network.fingerprint())
+    rows.samples[:25] = trained[:25]  # as in CIFAR-100
+    calibrate(network, rows, max_accuracy_drop=5.0)
+    network.exit_config = ExitConfig()
+
+
+def test_images_that_searched_do_not_certify_what_was_rounded(network, tables):
+    """The thresholds are others then, and what they were found on is remembered all the same."""
+    config = calibrate(network, tables[0], max_accuracy_drop=5.0)
+    network.exit_config = config.update(thresholds=[t and round(t, 2) for t in config.thresholds])
+    assert network.exit_config.search is None
+    with pytest.raises(ValueError, match="The thresholds were searched on the 'search' split"):
+        certify_thresholds(network, tables[0], RiskBound(9.0))
+    network.exit_config = ExitConfig()
+
+
+def test_no_split_takes_both_parts_in_turn(network, tables):
+    search, certification = tables
+    network.exit_config = calibrate(network, search, guarantee=RiskBound(5.0), certify_dataset=certification)
+    with pytest.raises(ValueError, match="certified the thresholds that the model has"):
+        calibrate(network, certification, max_accuracy_drop=5.0)
+    with pytest.raises(ValueError, match="Thresholds were searched on the 'search' split"):
+        calibrate(network, table(500, 7, model=search.model), guarantee=RiskBound(5.0), certify_dataset=search)
+    # Anew, with the parts as they were.
+    calibrate(network, search, guarantee=RiskBound(6.0), certify_dataset=certification)
+    network.exit_config = ExitConfig()
+
+
+def test_an_image_that_is_there_ten_times_counts_once(network, tables):
+    search, certification = tables
+    one = certification.select(np.arange(400))
+    ten = certification.select(np.tile(np.arange(400), 10))
+    for certifies in (one, ten):
+        config = calibrate(network, search, guarantee=RiskBound(9.0), certify_dataset=certifies)
+        assert config.guarantee["n"] == 400
+        network.exit_config = config.update(guarantee=None, searched_on=None)
+        assert certify_thresholds(network, certifies, RiskBound(9.0)).guarantee["n"] == 400
+    network.exit_config = ExitConfig()
+
+
+def test_too_few_for_halves_says_so(network):
+    rows = table(200, model=network.fingerprint())
+    with pytest.raises(CannotCertifyError, match=r"100 samples .*Half of the split's 200 images .* twice as many"):
+        calibrate(network, rows, guarantee=RiskBound(1.0))
+
+
+def test_a_warning_says_what_the_next_thresholds_need(network, tables, caplog):
+    few = tables[1].select(np.arange(320))
+    with caplog.at_level("WARNING", logger="hf_scan"):
+        calibrate(network, tables[0], guarantee=RiskBound(1.0), certify_dataset=few)
+    assert "Only the network without early exits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wishes", "kind", "message"),
+    [
+        ({"guarantee": 1.0}, TypeError, "The guarantee is 1.0; expected a `RiskBound`"),
+        ({"max_accuracy_drop": "0.5"}, TypeError, "`max_accuracy_drop` is '0.5'; expected a number"),
+        ({"max_accuracy_drop": 1.0, "temperatures": [1.0]}, ValueError, "`temperatures` holds 1 numbers"),
+        (
+            {"max_accuracy_drop": 1.0, "criterion": lambda seen: -seen[-1].abs().amax(dim=-1)},
+            ValueError,
+            "gives scores from -.* so bring them there",
+        ),
+    ],
+)
+def test_wishes_of_the_wrong_kind(network, tables, wishes, kind, message):
+    with pytest.raises(kind, match=message):
+        calibrate(network, tables[0], **wishes)
+
+
+def test_bounds_are_numbers():
+    for bad in ({"max_drop": "1"}, {"delta": None}):
+        with pytest.raises(TypeError, match="expected a number"):
+            RiskBound(**bad)
+
+
+def test_settings_of_numpy_can_be_saved(network, tables, tmp_path):
+    config = calibrate(network, tables[0], seed=np.int64(3), generations=np.int32(2), progress=False)
+    config.save_pretrained(tmp_path)
+    assert ExitConfig.from_pretrained(tmp_path) == config
+
+
+def test_an_image_is_known_by_its_bytes_whatever_the_columns():
+    pixels = [np.full((4, 4, 3), value, dtype=np.uint8) for value in range(6)]
+    images = Dataset.from_dict({"img": pixels, "fine_label": list(range(6))}).cast_column("img", Image())
+    renamed = images.rename_columns({"img": "image", "fine_label": "labels"}).add_column("row", list(range(6)))
+    assert np.array_equal(sample_digests(images), sample_digests(renamed))
+    assert len(set(sample_digests(images).tolist())) == 6
+    assert shared_with(sample_digests(renamed)[:3], some_digests(images)) == (3, 3.0)
+    for odd in ("", ": ", "x: y", "0: 0"):  # what a stranger's file may hold
+        assert shared_with(sample_digests(images), odd)[0] == 0
 
 
 def test_halves_keep_what_is_there_twice_together():

@@ -169,7 +169,7 @@ def test_what_was_trained_on_is_remembered_and_refused(tmp_path):
     ScanTrainer(model, arguments(tmp_path / "run", max_steps=1), train_dataset=images).train()
     model.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="was trained on the 'search' split, or a part of it: 20 of 60"):
+    with pytest.raises(ValueError, match=r"was trained on the 'search' split, or a part of it: 20 images .* of 20 "):
         calibrate(loaded, images[40:20:-1], max_accuracy_drop=1.0)
     assert calibrate(loaded, rows(60, seed=1), max_accuracy_drop=1.0).trained_on == loaded.exit_config.trained_on
 

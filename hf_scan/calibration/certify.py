@@ -34,6 +34,9 @@ class RiskBound:
     loss: Literal["gap", "disagreement", "error"] = "gap"
 
     def __post_init__(self) -> None:
+        for name in ("max_drop", "delta"):
+            if isinstance(getattr(self, name), (str, bool, type(None))):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}; expected a number.")
         if not 0 < self.max_drop < 100:
             raise ValueError(f"`max_drop` is {self.max_drop}; expected points between 0 and 100.")
         if not 0 < self.delta < 1:
@@ -57,6 +60,8 @@ class Certificate:
         n (`int`): Samples.
         test (`str`): The test, in words.
         policies_tested (`int`): How many policies were tested, one after another, each at the level `delta`.
+        next_needs (`int`, *optional*): How many samples of the kind would certify the next cheaper policy, about.
+            `None` where there is none, or where more samples would not help.
     """
 
     policy: int
@@ -66,16 +71,23 @@ class Certificate:
     n: int
     test: str
     policies_tested: int
+    next_needs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, without the row, which means nothing elsewhere."""
+        """As JSON holds it, without what means something only here: the row, and what comes next."""
         values = asdict(self)
-        del values["policy"]
+        del values["policy"], values["next_needs"]
         return {**values.pop("bound"), **values}
 
 
 class CannotCertifyError(ValueError):
     """The samples do not suffice for the guarantee that was asked for."""
+
+
+def check_bound(bound: RiskBound) -> None:
+    """Raises a `TypeError` for what is no [`RiskBound`]."""
+    if not isinstance(bound, RiskBound):
+        raise TypeError(f"The guarantee is {bound!r}; expected a `RiskBound`, such as `RiskBound(max_drop=1.0)`.")
 
 
 BINOMIAL = "exact binomial test"
@@ -132,6 +144,7 @@ def certify(
     (0, 1000, True)
     ```
     """
+    check_bound(bound)
     confidences, correct, costs = check_table(confidences, correct, costs)
     thresholds = np.atleast_2d(np.asarray(thresholds, dtype=float))
     if len(thresholds) == 0:
@@ -165,16 +178,18 @@ def certify_answers(right: Iterable[np.ndarray], bound: RiskBound, baseline: np.
     """
     passed: dict[str, Any] = {}
     tested = 0
+    needed = None
     for row, answers in zip(reversed(range(policies)), right):
         p_value = _p_value(answers, baseline, bound)
         tested += 1
         if p_value > bound.delta:
+            needed = _needed(answers, baseline, bound) if passed else None
             break
         passed = {"policy": row, "risk": _risk(answers, baseline, bound), "p_value": p_value}
     if not passed:
         raise CannotCertifyError(_too_few(answers, baseline, bound))
     test = DIFFERENCE if bound.loss == "gap" else BINOMIAL
-    return Certificate(**passed, bound=bound, n=len(baseline), test=test, policies_tested=tested)
+    return Certificate(**passed, bound=bound, n=len(baseline), test=test, policies_tested=tested, next_needs=needed)
 
 
 def _risk(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> float:
@@ -246,12 +261,26 @@ MOST_SAMPLES = 10_000_000
 def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
     """What the policy with the smallest risk would need."""
     n, risk = len(right), _risk(right, compared, bound)
-    asked = f"a {bound.loss} of at most {bound.max_drop:g} points with a probability of {1 - bound.delta:g}"
+    loss = f"{'an' if bound.loss == 'error' else 'a'} {bound.loss}"
+    asked = f"{loss} of at most {bound.max_drop:g} points with a probability of {1 - bound.delta:g}"
     if risk >= bound.max_drop:
         return (
             f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, and more "
             "samples of the kind would not help. Allow a larger `max_drop`."
         )
+    needed = _needed(right, compared, bound)
+    count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
+    return (
+        f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
+        "samples of the kind would certify. Cheaper ones need more. Give more, allow a larger `max_drop`, or a larger "
+        "`delta`."
+    )
+
+
+def _needed(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> int | None:
+    """How many samples like these would certify a policy."""
+    if _risk(right, compared, bound) >= bound.max_drop:
+        return None
     shares = ((compared & ~right).mean(), (right & ~compared).mean(), (~right).mean())
 
     def suffices(samples: int) -> bool:
@@ -260,12 +289,7 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
             return difference_p_value(lost, won, samples, bound.max_drop / 100, bound.delta / 50) <= bound.delta
         return bool(binom.cdf(wrong, samples, bound.max_drop / 100) <= bound.delta)
 
-    needed = _first(suffices, n, MOST_SAMPLES)
-    count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
-    return (
-        f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
-        "samples of the kind would certify. Give more, allow a larger `max_drop`, or a larger `delta`."
-    )
+    return _first(suffices, len(right), MOST_SAMPLES)
 
 
 def _first(suffices: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -8,13 +8,11 @@ import numpy as np
 
 from ..adaptive import ExitConfig
 from .exit_table import ExitTable
-from .frontier import Frontier, exact_frontier, polished, undominated
+from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undominated
 
 
 # With more early exits than these, those combinations are tried that leave few of them on.
 ALL_COMBINATIONS = 5
-FEW = 3
-MOST_ON = 9  # whose grid grows fourfold with each exit
 # Policies on the grids of all combinations together, and on the grid of one.
 MOST_POLICIES = 4_000_000
 MOST_POLICIES_EACH = 1_000_000
@@ -55,7 +53,8 @@ def exit_frontier(
         right = predictions[:, columns] == truth[:, None]
         problem = (scores[:, columns], right, np.asarray(costs_of(config), dtype=float)[columns])
         problems.append(problem)
-        found.append(_rough(*problem, min(MOST_POLICIES_EACH, MOST_POLICIES // len(combinations))))
+        most = min(MOST_POLICIES_EACH, MOST_POLICIES // len(combinations))
+        found.append(exact_frontier(*problem, most, polish=False))
     origins, rows = _merged(found)
     for index, problem in enumerate(problems):
         chosen = rows[origins == index]
@@ -82,14 +81,8 @@ def _combinations(early: int) -> Iterator[tuple[int, ...]]:
     most = early if early <= ALL_COMBINATIONS else FEW
     for count in range(most + 1):
         yield from itertools.combinations(range(early), count)
-    if most < early <= MOST_ON:
+    if most < early <= MOST_FREE:
         yield tuple(range(early))
-
-
-def _rough(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, max_policies: int) -> Frontier:
-    if len(costs) == 1:  # the deepest exit answers everything
-        return Frontier.of(confidences, correct, costs, np.zeros((1, 1)))
-    return exact_frontier(confidences, correct, costs, max_policies, polish=False)
 
 
 def _merged(found: list[Frontier]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,13 +3,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -42,6 +43,14 @@ class ExitTable:
     samples: np.ndarray
     split: str
     model: str
+
+    def __post_init__(self) -> None:
+        n = len(self.labels)
+        if self.logits.ndim != 3 or len(self.logits) != n or self.samples.shape != (n,):
+            raise ValueError(
+                f"`logits` {self.logits.shape}, `labels` {self.labels.shape} and `samples` {self.samples.shape} do "
+                "not belong together; expected (n, num_exits, num_labels), (n,) and (n,)."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,19 +97,29 @@ class ExitTable:
         return self.select(first[which], names[0]), self.select(~first[which], names[1])
 
     def save(self, path: str | Path) -> None:
-        """Writes the table as one safetensors file."""
+        """Writes the table as one safetensors file. Its folder is made when missing."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"logits": self.logits, "labels": self.labels, "samples": self.samples}
         facts = json.dumps({"split": self.split, "model": self.model})
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"exit_table": facts})
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitTable":
-        """Reads a table that [`~ExitTable.save`] wrote."""
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads((file.metadata() or {}).get("exit_table", "null"))
-            if facts is None:
-                raise ValueError(f"{path} is not a table of exit logits; write one with `ExitTable.save`.")
-            return cls(**{name: file.get_tensor(name) for name in ("logits", "labels", "samples")}, **facts)
+        """
+        Reads a table that [`~ExitTable.save`] wrote.
+
+        Raises:
+            `ValueError`: if the file is none.
+            `FileNotFoundError`: if there is no file.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                facts = json.loads((file.metadata() or {})["exit_table"])
+                return cls(**{name: file.get_tensor(name) for name in ("logits", "labels", "samples")}, **facts)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a whole table of exit logits; write one with `ExitTable.save`. ({error})"
+            ) from error
 
 
 def exit_columns(
@@ -152,10 +171,10 @@ def collect_exit_logits(
         [`ExitTable`]
 
     Raises:
-        `ValueError`: if the dataset is empty.
+        `ValueError`: if the dataset is empty, or its rows hold no `pixel_values` or no class indices.
+        `TypeError`: if it is no dataset that has a length and gives dictionaries.
     """
-    if len(dataset) == 0:
-        raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
+    _check_rows(dataset, split)
     samples = sample_digests(dataset)
     logits, labels, digests = [], [], []
     was_training = model.training
@@ -178,3 +197,25 @@ def collect_exit_logits(
         split=split,
         model=model.fingerprint(),
     )
+
+
+def _check_rows(dataset: Any, split: str) -> None:
+    """Looks at the first row."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, dict)):
+        raise TypeError(
+            f"The {split!r} split is a {type(dataset).__name__}; expected a dataset with a length, whose rows are "
+            "dictionaries of `pixel_values` and `labels`, or an `ExitTable`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
+    row = dataset[0]
+    if not isinstance(row, Mapping):
+        raise TypeError(f"The {split!r} split has rows of type {type(row).__name__}; expected dictionaries.")
+    label = row.get("labels", row.get("label"))
+    if "pixel_values" not in row or label is None:
+        raise ValueError(
+            f"The {split!r} split has rows of {sorted(row)}; expected `pixel_values` and `labels`. Transform the "
+            "images with the image processor first, as for the `Trainer`."
+        )
+    if isinstance(label, str):
+        raise ValueError(f"The {split!r} split has labels such as {label!r}; expected class indices.")

@@ -35,6 +35,7 @@ def genetic_search(
     correct: np.ndarray,
     costs: np.ndarray,
     *,
+    plain_cost: float | None = None,
     beta: float = 0.5,
     baseline_accuracy: float | None = None,
     threshold_range: float = 0.3,
@@ -48,7 +49,7 @@ def genetic_search(
 ) -> GeneticSearchResult:
     """
     Searches thresholds for the largest `acceleration + beta * (accuracy - baseline)`, where the acceleration is
-    1 / mean cost and accuracies count in points.
+    the plain network's cost over the mean cost, and accuracies count in points.
 
     A gene of `bits` bits stands for each threshold, `1 - threshold_range * mean(bits)`. Parents are chosen by
     tournament and crossed at two points, one bit of each child is flipped, and the best policy is never lost.
@@ -60,7 +61,9 @@ def genetic_search(
         confidences (`np.ndarray` of shape `(n, columns)`): Confidence of each possible answer, shallow to deep. A
             sample that is confident nowhere is answered by the last column.
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
-        costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer, as a share of the plain network's.
+        costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
+        plain_cost (`float`, *optional*): What the network costs without early exits. Defaults to the last column's
+            cost.
         beta (`float`, *optional*, defaults to 0.5): Acceleration that a point of accuracy is worth.
         baseline_accuracy (`float`, *optional*): In [0, 1]. Defaults to the last column's.
         threshold_range (`float`, *optional*, defaults to 0.3): Thresholds lie in [1 - threshold_range, 1].
@@ -76,7 +79,8 @@ def genetic_search(
         [`GeneticSearchResult`]
 
     Raises:
-        `ValueError`: if the arrays do not belong together, are empty, or hold NaN, or costs fall with depth.
+        `ValueError`: if the arrays do not belong together, are empty, or hold NaN, if confidences are not in [0, 1] or
+            costs fall with depth, or if a setting is out of range.
 
     Example:
 
@@ -93,6 +97,27 @@ def genetic_search(
     """
     confidences, correct, costs = check_table(confidences, correct, costs)
     genes = confidences.shape[1] - 1
+    if genes == 0:
+        raise ValueError("`confidences` has one column, so that there is no threshold to search.")
+    if confidences.min() < 0 or confidences.max() > 1:
+        raise ValueError(
+            f"`confidences` lie between {confidences.min():.3g} and {confidences.max():.3g}; thresholds are searched "
+            "in [0, 1], so bring them there."
+        )
+    plain_cost = float(costs[-1]) if plain_cost is None else plain_cost
+    limits = (
+        ("plain_cost", plain_cost, 0, float("inf")),
+        ("beta", beta, 0, float("inf")),
+        ("threshold_range", threshold_range, 0, 1),
+        ("bits", bits, 1, float("inf")),
+        ("population_size", population_size, 2, float("inf")),
+        ("generations", generations, 1, float("inf")),
+        ("crossover_probability", crossover_probability, 0, 1),
+        ("mutated_bits", mutated_bits, 0, genes * bits),
+    )
+    for name, value, least, most in limits:
+        if not (least <= value <= most and value < float("inf")):
+            raise ValueError(f"`{name}` is {value}; expected a number from {least} to {most}.")
     baseline = correct[:, -1].mean() if baseline_accuracy is None else baseline_accuracy
 
     def decode(solutions: np.ndarray) -> np.ndarray:
@@ -101,7 +126,7 @@ def genetic_search(
 
     def fitness(algorithm: pygad.GA, solutions: np.ndarray, indices: object) -> list[float]:
         accuracy, cost = evaluate_policies(confidences, correct, costs, decode(np.asarray(solutions)))
-        return (1 / cost + beta * 100 * (accuracy - baseline)).tolist()
+        return (plain_cost / cost + beta * 100 * (accuracy - baseline)).tolist()
 
     history: list[float] = []
     with tqdm(total=generations, desc="genetic threshold search", disable=not progress, leave=False) as bar:

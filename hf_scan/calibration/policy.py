@@ -2,6 +2,7 @@
 """What thresholds give on cached scores."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,13 @@ def evaluate_policies(
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: accuracies in [0, 1] and mean costs, of shape `(policies,)`.
+
+    Raises:
+        `ValueError`: as [`check_table`], or if there are not as many thresholds as columns.
     """
-    accuracies, mean_costs = [], []
+    confidences, correct, costs = check_table(confidences, correct, costs)
+    thresholds = np.atleast_2d(np.asarray(thresholds, dtype=float))
+    accuracies, mean_costs = [np.empty(0)], [np.empty(0)]
     at_once = max(1, 2**24 // max(1, len(confidences)))  # so that the answers of all take little memory
     for start in range(0, len(thresholds), at_once):
         answers = answering_column(confidences, thresholds[start : start + at_once])
@@ -64,18 +70,39 @@ def check_table(
     The arguments of [`evaluate_policies`] as arrays.
 
     Raises:
-        `ValueError`: if they do not belong together, are empty, or hold NaN, or costs fall with depth.
+        `ValueError`: if they are not numbers, do not belong together, are empty, or hold NaN, if `correct` holds
+            anything but truth values, or if costs are not above 0 or fall with depth.
     """
-    confidences, correct, costs = np.asarray(confidences), np.asarray(correct, dtype=bool), np.asarray(costs, float)
+    confidences, correct, costs = (
+        _numbers(name, values)
+        for name, values in (("confidences", confidences), ("correct", correct), ("costs", costs))
+    )
     if confidences.ndim != 2 or confidences.shape != correct.shape or costs.shape != confidences.shape[1:]:
         raise ValueError(
             f"`confidences` {confidences.shape}, `correct` {correct.shape} and `costs` {costs.shape} do not belong "
             "together; expected (n, columns), (n, columns) and (columns,)."
         )
-    if confidences.size == 0 or confidences.shape[1] < 2:
-        raise ValueError(f"`confidences` has shape {confidences.shape}; expected samples and two columns or more.")
-    if not (np.isfinite(confidences).all() and np.isfinite(costs).all() and (costs > 0).all()):
-        raise ValueError("`confidences` and `costs` must be finite, and costs above 0; look for NaN in the logits.")
+    if confidences.size == 0:
+        raise ValueError(f"`confidences` has shape {confidences.shape}; expected samples, and a column for each exit.")
+    if not np.isfinite(confidences).all():
+        raise ValueError("`confidences` must be finite; look for NaN in the logits.")
+    if correct.dtype != bool and not np.isin(correct, (0, 1)).all():
+        raise ValueError(
+            "`correct` holds other numbers than 0 and 1; expected whether each answer is right, such as "
+            "`predictions == labels[:, None]`."
+        )
+    if not (np.isfinite(costs).all() and (costs > 0).all()):
+        raise ValueError(f"`costs` is {costs.tolist()}; expected finite numbers above 0.")
     if (np.diff(costs) < 0).any():
         raise ValueError(f"`costs` is {costs.tolist()}; expected cumulative costs, which do not fall with depth.")
-    return confidences, correct, costs
+    return confidences, correct.astype(bool, copy=False), costs.astype(float, copy=False)
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, a tensor with a gradient
+        raise ValueError(f"`{name}` is not an array of numbers: {error}") from error
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"`{name}` holds {array.dtype}; expected an array of numbers.")
+    return array

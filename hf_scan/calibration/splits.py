@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import binom
 
 from ..adaptive import ExitConfig
+from ..data import shared_with
 from .exit_table import ExitTable
 
 
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
 LEAST_SAMPLES = 10
 # Datasets hold some images twice. Splits that share more than this were not kept apart.
 SHARED_BY_CHANCE = 0.01
+# Where only some images of a split are known: how unlikely it must be that so many of these are shared by chance.
+UNLIKELY = 0.001
 
 
 def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
     """
     Raises:
-        `ValueError`: if the split is too small, has one class, or its scores are not finite or all equal.
+        `ValueError`: if the split is too small, has one class or labels that the network does not know, or its scores
+            are not finite, not in [0, 1] or all equal.
     """
     name = f"The {table.split!r} split"
     if len(table) < LEAST_SAMPLES:
@@ -35,12 +40,22 @@ def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
             f"{name} has samples of one class only, {int(classes[0])}; thresholds need samples as they come in use. "
             "Was the split taken from a dataset that is sorted by class?"
         )
+    if classes[0] < 0 or classes[-1] >= table.logits.shape[2]:
+        raise ValueError(
+            f"{name} has labels from {int(classes[0])} to {int(classes[-1])}, and the network knows "
+            f"{table.logits.shape[2]} classes; expected indices from 0 to {table.logits.shape[2] - 1}."
+        )
     if not np.isfinite(table.logits).all():
         bad = int((~np.isfinite(table.logits).all(axis=(1, 2))).sum())
         raise ValueError(
             f"{name} has logits that are not finite, for {bad} of {len(table)} samples. Check the weights and images."
         )
     scores, _ = table.columns(exit_config)
+    if scores.min() < 0 or scores.max() > 1:
+        raise ValueError(
+            f"The exit criterion {exit_config.criterion!r} gives scores from {scores.min():.3g} to {scores.max():.3g} "
+            f"on the {table.split!r} split; thresholds are in [0, 1], so bring them there."
+        )
     if (np.ptp(scores[:, :-1], axis=0) == 0).all():
         raise ValueError(
             f"{name} has the same score for every sample at each exit, so that no threshold can tell them apart. Is "
@@ -51,8 +66,8 @@ def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
 def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]) -> None:
     """
     Raises:
-        `ValueError`: if a table is of other weights than the model's, or of images that the model was trained on, or
-            two of them share images.
+        `ValueError`: if a table is of other weights than the model's or has other exits, or is of images that the
+            model was trained on, or two of them share images.
     """
     fingerprint = model.fingerprint()
     for table in tables:
@@ -60,6 +75,11 @@ def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]
             raise ValueError(
                 f"The table of the {table.split!r} split is of other weights than the model's: {table.model[:12]}... "
                 f"instead of {fingerprint[:12]}... Make one with `collect_exit_logits(model, ...)`."
+            )
+        if table.logits.shape[1:] != (model.num_exits, model.config.num_labels):
+            raise ValueError(
+                f"The table of the {table.split!r} split has {table.num_exits} exits with {table.logits.shape[2]} "
+                f"labels, and the network has {model.num_exits} with {model.config.num_labels}."
             )
         check_not_among(table, model.exit_config.trained_on, "The network was trained")
     for index, table in enumerate(tables):
@@ -76,17 +96,23 @@ def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
     """
     Args:
         table ([`ExitTable`]): The split.
-        digests (`str`, *optional*): Of some images that it must not hold, as [`~hf_scan.data.digests_as_text`].
+        digests (`str`, *optional*): Of images that it must not hold, as [`~hf_scan.data.some_digests`].
         what (`str`): What was done on those, as the beginning of a sentence.
 
     Raises:
         `ValueError`: if the split holds more of them than by chance.
     """
-    known, remembered = set(table.samples.tolist()), (digests or "").split()
-    shared = sum(int(digest, base=16) in known for digest in remembered)
-    if shared > SHARED_BY_CHANCE * len(remembered):
+    shared, at_most = shared_with(table.samples, digests or "")
+    if binom.sf(shared - 1, len(table), min(1.0, SHARED_BY_CHANCE * at_most / len(table))) < UNLIKELY:
         raise ValueError(
-            f"{what} on the {table.split!r} split, or a part of it: {shared} of {len(remembered)} images that are "
-            "remembered are there, where answers are surer, and more often right, than they will be. Use images that "
-            "had no part in it."
+            f"{what} on the {table.split!r} split, or a part of it: {shared} images that are remembered are there, of "
+            f"{at_most:.0f} that would be if all were, and answers to them are surer, and more often right, than they "
+            "will be. Use images that had no part in it."
         )
+
+
+def apart_from(table: ExitTable, other: ExitTable) -> ExitTable:
+    """A split without images that are there twice or in another one: a test counts each as one of many at random."""
+    first = np.zeros(len(table), dtype=bool)
+    first[np.unique(table.samples, return_index=True)[1]] = True
+    return table.select(first & ~np.isin(table.samples, other.samples))

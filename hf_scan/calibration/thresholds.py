@@ -10,15 +10,15 @@ import torch
 from transformers.utils import logging
 
 from ..adaptive import ExitConfig, apply_exit_rule
-from ..data import digests_as_text, evenly
+from ..data import digests_as_text
 from ..monitor import count_answers
-from .certify import Certificate, RiskBound, certify_answers
+from .certify import CannotCertifyError, Certificate, RiskBound, certify_answers, check_bound
 from .exit_frontier import exit_frontier, num_columns
 from .exit_table import ExitTable, collect_exit_logits
 from .frontier import Frontier, undominated
 from .genetic import genetic_search
 from .prices import Prices
-from .splits import check_apart, check_not_among, check_usable
+from .splits import apart_from, check_apart, check_not_among, check_usable
 
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def calibrate(
     if latency == "p95" and batch_size != 1:
         raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
+    rule.update(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
+    known = {name: getattr(model.exit_config, name) for name in ("trained_on", "costs")}
     prices = Prices.of(model, batch_size, macs="max_macs" in wish, milliseconds="max_latency_ms" in wish)
 
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, split)
@@ -129,6 +131,8 @@ def calibrate(
         else:
             tables.append(collect_exit_logits(model, certify_dataset, "certify"))
     check_apart(model, tables)
+    _check_roles(model.exit_config, tables, given=certify_dataset is not None)
+    tables[1:] = [apart_from(one, tables[0]) for one in tables[1:]]
     for one in tables:
         check_usable(one, rule)
 
@@ -143,13 +147,24 @@ def calibrate(
         frontier = _wished(table, rule, prices, wish, latency, guarantee)
         row = 0
         if guarantee is not None:
-            certificate = _certified(tables[1], rule, frontier.thresholds, guarantee)
+            try:
+                certificate = _certified(tables[1], rule, frontier.thresholds, guarantee)
+            except CannotCertifyError as error:
+                if certify_dataset is not None:
+                    raise
+                raise CannotCertifyError(
+                    f"{error} (Half of the split's {len(tables[0]) + len(tables[1])} images chose the thresholds, and "
+                    "these are the others; so twice as many are needed in all.)"
+                ) from error
             row = certificate.policy
             if np.isnan(frontier.thresholds[row, : table.num_exits - 1]).all():
-                logger.warning("Only the network without early exits keeps the guarantee on these images.")
+                needed = certificate.next_needs
+                logger.warning(
+                    f"Only the network without early exits keeps the guarantee on the {len(tables[1])} images to "
+                    "certify on." + (f" About {needed:,} would certify the next cheaper thresholds." if needed else "")
+                )
         thresholds = _as_list(frontier.thresholds[row])
-    known = {"trained_on": model.exit_config.trained_on, "costs": model.exit_config.costs}
-    config = rule.update(thresholds=thresholds, **known)
+    config = rule.update(thresholds=thresholds, searched_on=digests_as_text(table.samples), **known)
     search = {**found, **_facts(table), **_outcome(table, config, prices)}
     config = config.update(search=search, reference=_reference(table, config))
     if guarantee is not None:
@@ -175,13 +190,28 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
     """
     config = model.exit_config
     thresholds = config.resolve(model.num_exits)
+    check_bound(bound)
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, "certify")
     check_apart(model, [table])
+    check_not_among(table, config.searched_on, "The thresholds were searched")
+    table = apart_from(table, table.select(np.array([], dtype=int)))
     check_usable(table, config)
-    check_not_among(table, (config.reference or {}).get("samples"), "The thresholds were searched")
     policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
     certificate = _certified(table, config, policy, bound)
     return config.update(guarantee={**certificate.to_dict(), **_facts(table), "rule": config.rule})
+
+
+def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> None:
+    """No split both chooses and certifies, now or the time before."""
+    certified_on = (config.guarantee or {}).get("fingerprint")
+    if tables[0].fingerprint == certified_on:
+        raise ValueError(
+            f"The {tables[0].split!r} split certified the thresholds that the model has; a search on it would undo "
+            "that. Search on other images, or set `model.exit_config.guarantee` aside first with "
+            "`model.exit_config.update(guarantee=None)`."
+        )
+    if given:
+        check_not_among(tables[1], config.searched_on, "Thresholds were searched")
 
 
 def _check_wish(
@@ -191,6 +221,11 @@ def _check_wish(
     certify_dataset: Any,
     search_kwargs: dict[str, Any],
 ) -> None:
+    if guarantee is not None:
+        check_bound(guarantee)
+    for name, value in wish.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise TypeError(f"`{name}` is {value!r}; expected a number.")
     if len(wish) > 1:
         raise ValueError(f"{' and '.join(f'`{name}`' for name in wish)} are given; expected one wish at a time.")
     if (wish or guarantee is not None) and search_kwargs:
@@ -224,8 +259,11 @@ def _genetic(
     correct = (predictions == table.labels[:, None])[:, :columns]
     baseline = float(correct[:, table.num_exits - 1].mean())
     settings = {"beta": 0.5, "seed": 0, **search_kwargs}
-    costs = prices.cumulative(rule)[:columns] / prices.plain_image
-    found = genetic_search(scores[:, :columns], correct, costs, baseline_accuracy=baseline, **settings)
+    # JSON knows no numbers of NumPy.
+    settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+    against = {"baseline_accuracy": baseline, "plain_cost": prices.plain_image}
+    costs = prices.cumulative(rule)[:columns]
+    found = genetic_search(scores[:, :columns], correct, costs, **{**against, **settings})
     settings.pop("progress", None)
     return list(found.thresholds[:-1]), settings
 
@@ -377,4 +415,4 @@ def _reference(table: ExitTable, config: ExitConfig) -> dict[str, Any]:
     """Where samples left and how sure they were, as counts: a row for each exit and the last answer."""
     answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
     counts = count_answers(answers, table.num_exits, CONFIDENCE_BINS).tolist()
-    return {"bins": CONFIDENCE_BINS, "counts": counts, "samples": digests_as_text(evenly(table.samples))}
+    return {"bins": CONFIDENCE_BINS, "counts": counts}
