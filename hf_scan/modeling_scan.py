@@ -28,7 +28,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, logging
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
-from .exit_heads import ExitHead
+from .exit_heads import ExitHead, folded
 from .image_processing_scan import create_image_processor
 from .stages import Stage, cut_into_stages, keep_parts
 
@@ -240,7 +240,15 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
+        if mode:
+            self._compiled = {}
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
+        for head in self._compiled.values():
+            if isinstance(head, ExitHead):  # a folded one, which no module holds
+                head._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
     def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """
@@ -291,8 +299,10 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         the first batch size is compiled as it is, others for the few ranges of sizes that PyTorch divides them into,
         each when it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
 
-        On a CPU, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch fold batch norm into the weights and lay
-        them out for the machine, which is worth more than all the rest; weights must then not change any more.
+        On a CPU, heads are not compiled, which makes them slower: their batch norms are folded into their weights.
+        There, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch do the same with the stages and lay weights
+        out for the machine, which is worth more than all the rest. Call it when the weights are what they will be, and
+        anew when they change; training mode undoes it.
 
         Args:
             kwargs: For `torch.compile`: `mode`, `backend` and so on.
@@ -312,6 +322,9 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         for index, stage in enumerate(self.stages):
             self._compiled[f"stage {index}"] = torch.compile(stage.forward, **kwargs)
         for index, head in enumerate(self.exit_heads):
+            if isinstance(head, ExitHead) and all(weight.device.type == "cpu" for weight in head.parameters()):
+                self._compiled[f"head {index}"] = folded(head)
+                continue
             # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
             forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)
             self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **kwargs)

@@ -3,7 +3,7 @@ import torch
 
 from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs
-from hf_scan.exit_heads import ConvAttention, ConvClassifier, ExitHead, MapMean, SeparableAttention
+from hf_scan.exit_heads import ConvAttention, ConvClassifier, ExitHead, MapMean, SeparableAttention, folded
 
 
 def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -89,3 +89,20 @@ def test_conv_classifier_takes_a_map_as_small_as_its_kernel():
 def test_the_mean_of_a_map(size):
     feature = torch.randn(3, 6, *size).to(memory_format=torch.channels_last)
     torch.testing.assert_close(MapMean()(feature), torch.nn.AdaptiveAvgPool2d(1)(feature))
+
+
+@pytest.mark.parametrize("attention_type", ["conv", "separable", "none"])
+@pytest.mark.parametrize("classifier_type", ["conv", "separable"])
+def test_a_folded_head_answers_alike_without_batch_norm(attention_type, classifier_type):
+    head = ExitHead(16, 4, 96, 10, attention_type, classifier_type, head_width=32)
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(values, 0.5, 2.0)
+    head.eval()
+    feature = torch.randn(3, 16, 16, 16)
+    found = folded(head)
+    for ours, theirs in zip(found(feature), head(feature)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in found.modules())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in head.modules())  # the original stays

@@ -590,7 +590,7 @@ def test_compiled_stages_take_batches_of_any_size(images):
         for size in (24, 19, 11, 5, 1):
             found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, expected))
             assert torch.equal(found.exit_index, plain.exit_index)
-            torch.testing.assert_close(found.logits, plain.logits)
+            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other.predict_adaptive(images, **policy).logits, plain_logits(expected, images))
 
@@ -607,6 +607,26 @@ def test_stages_are_really_compiled(images, freezing):
             found, plain = (network.predict_adaptive(images[:size], **policy) for network in (model, expected))
             assert torch.equal(found.exit_index, plain.exit_index)
             torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_compiled_does_not_outlive_its_weights(images):
+    policy = {"thresholds": [0.2, 0.2, 0.2]}
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager")
+    for network in (model, expected):
+        network.train().exit_heads[0].classifier.fc.bias.data.add_(1.0)
+    found, plain = (network.eval().predict_adaptive(images, **policy) for network in (model, expected))
+    assert torch.equal(found.logits, plain.logits)
+    assert (found.exit_index == 0).any()
+
+
+def test_what_is_compiled_moves_along(images):
+    policy = {"thresholds": [0.2, 0.2, 0.2]}
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager")
+    found, plain = (network.double().predict_adaptive(images.double(), **policy) for network in (model, expected))
+    assert found.logits.dtype == torch.float64
+    torch.testing.assert_close(found.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
 def plain_logits(model, images):
