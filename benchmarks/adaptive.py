@@ -23,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -476,10 +479,35 @@ def overhead(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
             }
 
 
+class TensorMemory(TorchDispatchMode):
+    """The most bytes that tensors hold at a time, of those that are made while it is on."""
+
+    def __init__(self, model: nn.Module, *tensors: torch.Tensor) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+        self.before = {
+            tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *tensors)
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr()
+                if place and place not in self.before and place not in self.live:
+                    self.live[place] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, place, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
 def peak_memory(folder: Path, leaving: float | None, answer: Any) -> None:
     """
     Puts the most MiB that a batch takes at any time, besides weights and images: of the plain network, or of
-    `predict_adaptive` when a share of the batch leaves at each exit. In a process of its own.
+    `predict_adaptive` when a share of the batch leaves at each exit. In a process of its own. First what tensors hold,
+    then what the process does, to which the allocator adds holes that no tensor fits in.
     """
     model = ScanForImageClassification.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
     size = model.config.image_size
@@ -496,7 +524,10 @@ def peak_memory(folder: Path, leaving: float | None, answer: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         before = memory("VmRSS")
         call(images)
-    answer.put(memory("VmHWM") - before)
+        resident = memory("VmHWM") - before
+        with TensorMemory(model, images) as held:
+            call(images)
+    answer.put((held.peak / 2**20, resident))
 
 
 def memory(name: str) -> float:
@@ -507,7 +538,7 @@ def memory(name: str) -> float:
 def extra_memory(folder: Path) -> Iterator[dict[str, Any]]:
     """Medians of three processes each. Linux only."""
     context = multiprocessing.get_context("spawn")
-    peaks: dict[float | None, list[float]] = {None: [], 0.0: [], 0.5: []}
+    peaks: dict[float | None, list[tuple[float, float]]] = {None: [], 0.0: [], 0.5: []}
     for _ in range(3):
         for leaving, values in peaks.items():
             answer = context.SimpleQueue()
@@ -515,9 +546,11 @@ def extra_memory(folder: Path) -> Iterator[dict[str, Any]]:
             process.start()
             values.append(answer.get())
             process.join()
-    plain, *adaptive = (statistics.median(values) for values in peaks.values())
-    for name, peak in zip(("nothing leaves", "half leaves at each exit"), adaptive):
-        yield {"what": f"memory / plain, batch 64, {name} ({peak:.1f} / {plain:.1f} MiB)", "value": peak / plain}
+    for kind, index in (("tensors", 0), ("resident memory", 1)):
+        plain, *adaptive = (statistics.median(value[index] for value in values) for values in peaks.values())
+        for name, peak in zip(("nothing leaves", "half leaves at each exit"), adaptive):
+            what = f"{kind} / plain, batch 64, {name} ({peak:.1f} / {plain:.1f} MiB)"
+            yield {"what": what, "value": peak / plain}
 
 
 def comparisons(entries: list[Contender]) -> Iterator[dict[str, Any]]:
