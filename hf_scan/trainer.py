@@ -307,6 +307,15 @@ class ScanTrainer(Trainer):
                 f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
             ) from error
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        super().init_hf_repo(*args, **kwargs)
+        ignored = Path(self.args.output_dir, ".gitignore")
+        if self.is_world_process_zero() and not ignored.exists():
+            # What the Trainer pushes on the way holds its arguments as a pickle, which nobody reads. The Hub leaves
+            # out what git would.
+            ignored.parent.mkdir(parents=True, exist_ok=True)
+            ignored.write_text(f"{TRAINING_ARGS_NAME}\n", encoding="utf-8")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:

@@ -7,6 +7,7 @@ fail.
 
 import base64
 import contextlib
+import fnmatch
 import hashlib
 import hmac
 import json
@@ -454,7 +455,11 @@ class HubServer:
             case "POST", ["preupload", revision]:
                 repo = self._may_commit(request, key, role)
                 files = repo.commit(revision).files
-                return as_json({"files": [self._upload_mode(f, files) for f in _parsed(body)["files"]]})
+                asked = _parsed(body)
+                ignored = asked.get("gitIgnore") or (
+                    files[".gitignore"].data.decode() if ".gitignore" in files else ""
+                )
+                return as_json({"files": [self._upload_mode(f, files, ignored.split()) for f in asked["files"]]})
             case "POST", ["commit", revision]:
                 return self._commit(request, self._may_commit(request, key, role), revision, body)
             case "PUT", ["settings"]:
@@ -555,13 +560,13 @@ class HubServer:
     def _is_large(self, path: str, size: int) -> bool:
         return size > 0 and self.large is not None and re.search(self.large, path) is not None
 
-    def _upload_mode(self, file: dict[str, Any], files: Mapping[str, Blob]) -> dict[str, Any]:
+    def _upload_mode(self, file: dict[str, Any], files: Mapping[str, Blob], ignored: list[str]) -> dict[str, Any]:
         known = files.get(file["path"])
         mode = "lfs" if self._is_large(file["path"], file["size"]) else "regular"
         return {
             "path": file["path"],
             "uploadMode": mode,
-            "shouldIgnore": False,
+            "shouldIgnore": any(fnmatch.fnmatch(file["path"].rpartition("/")[2], pattern) for pattern in ignored),
             "oid": known.etag if known else None,
         }
 

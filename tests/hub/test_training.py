@@ -82,6 +82,7 @@ def test_train_and_push(hub, dataset_folder, tmp_path):
     for commit in commits:
         for name, blob in commit.files.items():
             assert token.encode() not in blob.data, (commit.title, name)
+            assert not name.endswith(".bin"), (commit.title, name)  # a pickle
     data = ModelCard(files["README.md"].decode()).data
     assert (data.pipeline_tag, data.library_name) == ("image-classification", "transformers")
     said = hub.run(LOAD, tmp_path / "run", user="bob").stdout
