@@ -36,6 +36,7 @@ from hf_scan.calibration import (
     evaluate_policies,
     exact_frontier,
     genetic_search,
+    least_accuracy_to_ask,
     oracle_policy,
     shared_threshold_frontier,
 )
@@ -89,7 +90,9 @@ def by_shared_threshold(columns: Columns) -> Frontier:
     return shared_threshold_frontier(*columns)
 
 
+CROSS_FITTED = "exact frontier, cross-fitted"  # as `calibrate` does
 WAYS: dict[str, tuple[str, Way]] = {
+    CROSS_FITTED: ("confidence", by_exact_frontier),
     "exact frontier": ("confidence", by_exact_frontier),
     "exact frontier, margin": ("margin", by_exact_frontier),
     "genetic search (SCAN)": ("confidence", by_genetic_search),
@@ -129,6 +132,16 @@ class Scores:
         return scores, self.right, self.costs
 
 
+def cross_fitted(columns: Columns, least_accuracy: float, frontier: Frontier) -> float:
+    asked = least_accuracy_to_ask(
+        least_accuracy,
+        columns[1][:, -1],
+        lambda rows: exact_frontier(*some(columns, rows), max_policies=200_000, polish=False),
+        lambda thresholds, rows: float(evaluate_policies(*some(columns, rows), thresholds)[0][0]),
+    )
+    return min(asked, float(frontier.accuracy.max()))
+
+
 def temperatures(table: ExitTable) -> list[float]:
     """That of each exit with the least cross-entropy (Guo et al., ICML 2017)."""
     labels = torch.from_numpy(table.labels)
@@ -158,9 +171,12 @@ def compare(scores: Scores, deepest: np.ndarray, share: float, repeats: int, pla
             columns = scores.columns(criterion, chooses)
             started = time.perf_counter()
             frontier = way(some(columns, chooses))
+            least = {drop: float(deepest[chooses].mean()) - drop / 100 for drop in DROPS}
+            if name == CROSS_FITTED:
+                least = {drop: cross_fitted(some(columns, chooses), least[drop], frontier) for drop in DROPS}
             seconds.append(time.perf_counter() - started)
             for drop in DROPS:
-                fits = np.flatnonzero(frontier.accuracy >= deepest[chooses].mean() - drop / 100 - 1e-12)
+                fits = np.flatnonzero(frontier.accuracy >= least[drop] - 1e-12)
                 if len(fits) == 0:
                     results[drop].append((plain, 0.0, False))  # it keeps to the plain network
                     continue

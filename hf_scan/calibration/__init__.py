@@ -2,6 +2,7 @@
 """Thresholds from cached scores."""
 
 from .certify import CannotCertifyError, Certificate, RiskBound, certify
+from .cross_fitting import least_accuracy_to_ask
 from .exit_frontier import exit_frontier
 from .exit_table import ExitTable, collect_exit_logits
 from .frontier import Frontier, exact_frontier, oracle_policy, shared_threshold_frontier
@@ -26,6 +27,7 @@ __all__ = [
     "exact_frontier",
     "exit_frontier",
     "genetic_search",
+    "least_accuracy_to_ask",
     "oracle_policy",
     "shared_threshold_frontier",
 ]

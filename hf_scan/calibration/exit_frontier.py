@@ -13,8 +13,6 @@ from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undomi
 
 # With more early exits than these, those combinations are tried that leave few of them on.
 ALL_COMBINATIONS = 5
-# Policies on the grids of all combinations together, and on the grid of one.
-MOST_POLICIES = 4_000_000
 MOST_POLICIES_EACH = 1_000_000
 
 
@@ -23,6 +21,8 @@ def exit_frontier(
     exit_config: ExitConfig,
     costs_of: Callable[[ExitConfig], Sequence[float] | np.ndarray],
     truth: np.ndarray | None = None,
+    max_policies: int = 4_000_000,
+    polish: bool = True,
 ) -> Frontier:
     """
     Finds the best accuracy for every cost, as [`exact_frontier`] does, over every way of switching exits off besides:
@@ -37,6 +37,9 @@ def exit_frontier(
         costs_of (`Callable`): Gives the cumulative cost of each exit and of the last answer, `(num_exits + 1,)`, for a
             configuration in which some exits are off.
         truth (`np.ndarray` of shape `(n,)`, *optional*): The classes that count as right. Defaults to the labels.
+        max_policies (`int`, *optional*, defaults to 4,000,000): Policies on the grids of all combinations together, a
+            million of one at most.
+        polish (`bool`, *optional*, defaults to `True`): As in [`exact_frontier`].
 
     Returns:
         [`Frontier`]: with a threshold for each exit that can be left at; NaN for those that are off.
@@ -53,10 +56,10 @@ def exit_frontier(
         right = predictions[:, columns] == truth[:, None]
         problem = (scores[:, columns], right, np.asarray(costs_of(config), dtype=float)[columns])
         problems.append(problem)
-        most = min(MOST_POLICIES_EACH, MOST_POLICIES // len(combinations))
+        most = max(1, min(MOST_POLICIES_EACH, max_policies // len(combinations)))
         found.append(exact_frontier(*problem, most, polish=False))
     origins, rows = _merged(found)
-    for index, problem in enumerate(problems):
+    for index, problem in enumerate(problems if polish else []):
         chosen = rows[origins == index]
         if len(chosen) and len(problem[2]) > 1:
             moved = polished(*problem, found[index].thresholds[chosen])
