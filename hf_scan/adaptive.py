@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput, logging
 
 from .exit_criteria import EXIT_CRITERIA, MEMORYLESS, confidence_of
+from .hub_files import check_file_name, find_file
 
 
 logger = logging.get_logger(__name__)
@@ -229,13 +230,19 @@ class ExitConfig:
 
         Raises:
             `ValueError`: if the file is not JSON, or its values are out of range.
+            `OSError`: if there is no file of another name, or it cannot be known whether there is one: the Hub does
+                not answer, or not with what it has. A damaged file is taken out of the cache again.
         """
-        kwargs["_raise_exceptions_for_missing_entries"] = False
-        file = cached_file(str(pretrained_model_name_or_path), filename, **kwargs)
+        file = find_file(pretrained_model_name_or_path, filename, **kwargs)
         if file is None:
+            if filename != EXIT_CONFIG_NAME:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} has no {filename!r}. Correct the name, or leave it out for "
+                    f"{EXIT_CONFIG_NAME!r}."
+                )
             return cls()
         try:
-            values = json.loads(Path(file).read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise TypeError(f"a {type(values).__name__} stands where an object is expected")
             return cls.from_dict(values)
@@ -253,6 +260,7 @@ class ExitConfig:
             `ValueError`: if the criterion is a function, which no file holds.
         """
         self._check_savable()
+        check_file_name(filename)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / filename).write_text(self.to_json(), encoding="utf-8")
@@ -279,6 +287,7 @@ class ExitConfig:
             `ValueError`: if the criterion is a function, which no file holds.
         """
         self._check_savable()
+        check_file_name(filename)
         kwargs = {"commit_message": f"Upload {filename}", **kwargs}
         return HfApi().upload_file(
             path_or_fileobj=self.to_json().encode(), path_in_repo=filename, repo_id=repo_id, **kwargs

@@ -23,6 +23,7 @@ def create_model_card(
     model_name: str,
     tags: str | list[str] | None = None,
     finetuned_from: str | None = None,
+    include_code: bool = False,
     **metadata: Any,
 ) -> ModelCard:
     """
@@ -38,6 +39,7 @@ def create_model_card(
         model_name (`str`): The card's title.
         tags (`str` or `list[str]`, *optional*): More tags.
         finetuned_from (`str`, *optional*): The model on the Hub whose weights training began with.
+        include_code (`bool`, *optional*, defaults to `False`): Whether the checkpoint holds its own code.
         metadata: More of the card's metadata, such as `license`, `language` or `datasets`.
 
     Returns:
@@ -76,6 +78,9 @@ def create_model_card(
         data,
         template_path=str(TEMPLATE),
         model_name=model_name,
+        include_code=include_code,
+        truncated=model.config.truncated,
+        realised=report is not None and any(name.startswith("realised") for name in report["speedup"]),
         backbone=model.config.backbone,
         exit_points=model.config.exit_points,
         attention_type=model.config.attention_type,

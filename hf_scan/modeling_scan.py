@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import os
-import time
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -16,7 +16,8 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.models import is_model_pretrained
@@ -29,11 +30,20 @@ from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead, folded
+from .hub_files import checked_downloads, pinned
 from .image_processing_scan import create_image_processor
 from .stages import Stage, cut_into_stages, keep_parts
 
 
 logger = logging.get_logger(__name__)
+
+# What a checkpoint consists of in one form or another, and a push replaces. (In folders of the repository, too, may be
+# files of these names: they are not meant.)
+OBSOLETE = [
+    EXIT_CONFIG_NAME,
+    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
+]
 
 
 @dataclass
@@ -564,14 +574,16 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
-        exit_config: ExitConfig | None = None,
+        exit_config: ExitConfig | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], and loads the exit configuration beside the weights.
+        As [`~transformers.PreTrainedModel.from_pretrained`], and loads the exit configuration beside the weights, of
+        the same commit.
 
         Args:
-            exit_config ([`ExitConfig`], *optional*): Used instead of the checkpoint's `exit_config.json`.
+            exit_config ([`ExitConfig`] or `str`, *optional*): Used instead of the checkpoint's `exit_config.json`; or
+                the name of another file there.
 
         Raises:
             `OSError`: if there are no weights, or they are damaged; if a file came from the Hub with another checksum
@@ -582,8 +594,11 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         loading_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True  # Transformers would fall back to a pickle
         _check_shards(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        names = ("token", "local_files_only", "cache_dir")
+        access = {name: kwargs[name] for name in names if name in kwargs}
+        kwargs["revision"] = pinned(pretrained_model_name_or_path, kwargs.get("revision"), **access)
         try:
-            with _checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
@@ -605,14 +620,17 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} lack {len(missing)} of the backbone's, the first "
                 f"being {missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
             )
-        if exit_config is None:
-            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-            settings = {name: kwargs[name] for name in names if name in kwargs}
-            if getattr(model.config, "_commit_hash", None) is not None:
-                # That of the weights, though there may be a newer one by now.
-                settings["revision"] = model.config._commit_hash
-            with _checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-                exit_config = ExitConfig.from_pretrained(pretrained_model_name_or_path, **settings)
+        if not isinstance(exit_config, ExitConfig):
+            given = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
+            settings = {name: kwargs[name] for name in given if name in kwargs}
+            # The commit of the weights, though there may be a newer one by now. What could not be resolved before the
+            # load has been written down by it; older versions of Transformers note it in the configuration.
+            revision = getattr(model.config, "_commit_hash", None) or pinned(
+                pretrained_model_name_or_path, kwargs["revision"], **{**access, "local_files_only": True}
+            )
+            exit_config = ExitConfig.from_pretrained(
+                pretrained_model_name_or_path, exit_config or EXIT_CONFIG_NAME, revision=revision, **settings
+            )
             other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
             if other and exit_config.costs is not None:
                 exit_config = exit_config.update(costs=None)
@@ -665,16 +683,53 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> Any:
         """
-        As [`~transformers.PreTrainedModel.push_to_hub`]: weights, configuration, `exit_config.json`, image processor
-        and card in one commit.
+        As [`~transformers.PreTrainedModel.push_to_hub`]: weights, configuration, `exit_config.json` and image
+        processor in one commit, which takes weights and thresholds away that are no longer the model's. A repository
+        without a card gets one.
 
         Args:
             repo_id (`str`): The repository, such as `"org/scan-resnet50"`. It is created when there is none.
             include_code (`bool`, *optional*, defaults to `False`): As in `save_pretrained`.
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and so on, as everywhere.
         """
-        with self._with_code(include_code):
-            return super().push_to_hub(repo_id, **kwargs)
+        names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        tags = [*self.model_tags, *(kwargs.pop("tags", None) or [])]
+        token = {"token": given.get("token")}
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, private=given.pop("private", None), exist_ok=True, **token).repo_id
+        revision = given.get("revision")
+        if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
+        with self._with_code(include_code), tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            card = self._card_of(repo_id, tags, include_code, token["token"])
+            if card is not None:
+                card.save(Path(folder, "README.md"))
+            given.setdefault("commit_message", "Upload model")
+            # In the same commit, what an earlier push left: weights in another number of files, thresholds of theirs.
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=OBSOLETE, **given)
+
+    def _card_of(self, repo_id: str, tags: list[str], include_code: bool, token: Any) -> Any:
+        """A card for a repository that has none; its own, where tags are to be added; None to leave it as it is."""
+        try:
+            card = ModelCard.load(repo_id, token=token)
+        except LocalEntryNotFoundError:
+            return None
+        except EntryNotFoundError:
+            try:
+                from hf_scan.model_card import create_model_card  # not with a checkpoint's own code
+            except ImportError:
+                return ModelCard.from_template(
+                    ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
+                )
+            return create_model_card(self, None, {}, repo_id, tags=tags, include_code=include_code)
+        except Exception as error:  # of the client, whose kinds differ between its versions
+            logger.warning(f"The card of {repo_id} cannot be read ({error}), and is left as it is.")
+            return None
+        known = card.data.tags or []
+        card.data.tags = list(dict.fromkeys([*known, *tags]))
+        return card if card.data.tags != known else None
 
     @contextmanager
     def _with_code(self, included: bool) -> Iterator[None]:
@@ -708,52 +763,6 @@ def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
             raise ValueError(
                 f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business there."
             )
-
-
-@contextmanager
-def _checked_downloads(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
-    """
-    Compares the checksums of the files that come from the Hub meanwhile, which the client does not, and takes those
-    that are damaged out of the cache. They are known there by what the Hub says their checksum is.
-    """
-    started = time.time() - 2  # file systems are not that exact
-    try:
-        yield
-    except Exception:
-        _take_out_damaged(name, cache_dir, started)
-        raise
-    _take_out_damaged(name, cache_dir, started)
-
-
-def _take_out_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
-    # A folder has no place in the cache, nor has anything else that is no name of a repository.
-    cached = Path(cache_dir or HF_HUB_CACHE, "--".join(["models", *str(name).split("/")]), "blobs")
-    damaged = []
-    for blob in cached.iterdir() if not os.path.isdir(name) and cached.is_dir() else ():
-        with suppress(FileNotFoundError):  # another process tidies up
-            if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob):
-                blob.unlink()
-                damaged.append(blob)
-    if damaged:
-        raise OSError(
-            f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
-            "they have there. They have been taken out of the cache; load the model again."
-        )
-
-
-def _is_what_it_is_called(blob: Path) -> bool:
-    """Whether a file of the cache has the checksum it is named by: SHA-256, or, of a small one, git's or SHA-1."""
-    algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
-    if algorithm is None:
-        return True
-    digests = [hashlib.new(algorithm)]
-    if algorithm == "sha1":
-        digests.append(hashlib.sha1(b"blob %d\0" % blob.stat().st_size))
-    with blob.open("rb") as file:
-        while part := file.read(2**20):
-            for digest in digests:
-                digest.update(part)
-    return blob.name in [digest.hexdigest() for digest in digests]
 
 
 def _create_backbone(config: ScanConfig) -> Any:

@@ -36,10 +36,11 @@ def exit_report(
     thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
     costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None
     columns = [measured for measured in speedups if not measured.refilled]
+    sizes = [] if costs is None else list(costs.milliseconds)
     milliseconds = {
-        str(measured.batch_size): costs.cumulative(model.exit_config if adaptive else None, measured.batch_size)
-        for measured in columns
-        if costs is not None and measured.batch_size in costs.milliseconds
+        str(size): costs.cumulative(model.exit_config if adaptive else None, size)
+        for size in sizes
+        if costs is not None
     }
 
     rows: list[dict[str, Any]] = []
@@ -59,7 +60,10 @@ def exit_report(
         rows.append(row)
 
     plain: dict[str, Any] = {"name": "plain backbone", "macs": macs.plain}
-    plain["milliseconds"] = {str(measured.batch_size): measured.plain for measured in columns}
+    # What was measured in turns with the adaptive answers, or else along with the exits.
+    plain["milliseconds"] = {str(size): costs.plain[size] / size for size in sizes if costs is not None} | {
+        str(measured.batch_size): measured.plain for measured in columns
+    }
     if plain_accuracy is not None:
         plain["accuracy"] = plain_accuracy
     speedup: dict[str, Any] = {}

@@ -60,6 +60,9 @@ def load(name, target, **options):
 """
 
 
+READ = 'load("alice/net", sys.argv[1])'
+
+
 def answers(model) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -120,7 +123,8 @@ ScanForImageClassification.from_pretrained("alice/net", revision="work").push_to
     assert "model.safetensors" in hub.files("alice/net", "refs/pr/1")
 
 
-def test_never_weights_of_one_commit_and_thresholds_of_another(hub, checkpoint, tmp_path):
+@pytest.mark.parametrize("loader", ["AutoModelForImageClassification", "hf_scan.ScanForImageClassification"])
+def test_never_weights_of_one_commit_and_thresholds_of_another(hub, checkpoint, tmp_path, loader):
     """Somebody pushes while somebody else loads."""
     folder, model = checkpoint
     hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
@@ -134,10 +138,122 @@ def test_never_weights_of_one_commit_and_thresholds_of_another(hub, checkpoint, 
 
     thread = threading.Thread(target=push_meanwhile)
     thread.start()
-    hub.run(LOAD + 'load("alice/net", sys.argv[1])', tmp_path / "answers")
+    hub.run(LOAD.replace("AutoModelForImageClassification.f", f"{loader}.f") + READ, tmp_path / "answers")
     thread.join()
     assert len(hub.commits("alice/net")) == 3
     check(tmp_path / "answers", model)
+
+
+def test_an_old_cache_and_a_hub_that_falters(hub, checkpoint, tmp_path):
+    """What is in the cache is loaded then: all of it, and not the thresholds of what has come since."""
+    folder, model = checkpoint
+    hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    cache = hub.new_folder("home")
+    code = LOAD.replace("AutoModelForImageClassification.f", "hf_scan.ScanForImageClassification.f") + READ
+    hub.run(code, tmp_path / "before", cache=cache)
+    hub.push("alice/net", {"exit_config.json": json.dumps({"thresholds": [0.0, 0.0, 0.0]}).encode()})
+    hub.misbehave("GET", "/api/models", status=500)
+    hub.run(code, tmp_path / "after", cache=cache)
+    check(tmp_path / "after", model)
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_thresholds_that_do_not_arrive_are_not_taken_for_missing(hub, checkpoint, status):
+    folder, _ = checkpoint
+    hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    hub.misbehave("HEAD", "exit_config.json", status=status, times=None)
+    error = hub.run(
+        'import hf_scan; hf_scan.ScanForImageClassification.from_pretrained("alice/net")', expect_error=True
+    )
+    assert "exit_config.json of alice/net could not be loaded" in error.splitlines()[-1]
+
+
+def test_names_of_operating_points(hub, checkpoint):
+    """By name beside the model; a name that is wrong is no model without thresholds."""
+    folder, _ = checkpoint
+    code = """
+from hf_scan import ExitConfig
+model.push_to_hub("alice/net")
+ExitConfig(thresholds=[0.1, 0.1]).push_to_hub("alice/net", "exit_config_fast.json")
+load = ScanForImageClassification.from_pretrained
+assert load("alice/net", exit_config="exit_config_fast.json").exit_config.thresholds == [0.1, 0.1]
+for attempt in (
+    lambda: load("alice/net", exit_config="exit_config_fsat.json"),
+    lambda: ExitConfig.from_pretrained("alice/net", "exit_config_fsat.json"),
+    lambda: ExitConfig.from_pretrained("alice/nothing", local_files_only=True),
+    lambda: ExitConfig.from_pretrained("alice/net", "../exit_config.json"),
+):
+    try:
+        attempt()
+        print("none")
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+    said = hub.run(PUSH + code, folder).stdout.splitlines()
+    wrong = "OSError alice/net has no 'exit_config_fsat.json'. Correct the name"
+    assert said[0].startswith(wrong)
+    assert said[1].startswith(wrong)
+    assert said[2].startswith("OSError exit_config.json of alice/nothing could not be loaded")
+    assert said[3].startswith("ValueError '../exit_config.json' is not the name of a file")
+
+
+def test_a_push_leaves_nothing_of_the_model_before(hub, checkpoint, tmp_path):
+    """Weights in other shards, or thresholds that are gone: what is loaded is what was pushed last."""
+    folder, model = checkpoint
+    code = """
+from hf_scan import ExitConfig
+import torch
+old = ScanForImageClassification(model.config)
+old.exit_config = ExitConfig(thresholds=[0.1, 0.1])
+old.push_to_hub("alice/one")
+old.push_to_hub("alice/none", max_shard_size="200KB")
+model.push_to_hub("alice/one", max_shard_size="200KB")
+bare = ScanForImageClassification(model.config)
+bare.push_to_hub("alice/none")
+loaded = ScanForImageClassification.from_pretrained("alice/none")
+assert loaded.exit_config.thresholds is None and loaded.fingerprint() == bare.fingerprint()
+"""
+    hub.push("alice/one", {"small/model.safetensors": b"another's"})
+    hub.run(PUSH + code, folder)
+    hub.run(LOAD + READ.replace("net", "one"), tmp_path / "answers")
+    check(tmp_path / "answers", model)
+    assert "model.safetensors" not in hub.files("alice/one")
+    assert hub.files("alice/one")["small/model.safetensors"] == b"another's"
+    assert {name for name in hub.files("alice/none") if "safetensors" in name} == {"model.safetensors"}
+
+
+def test_the_card_of_a_push(hub, checkpoint):
+    """One where there is none, whose five lines run; that of others stays, also where it cannot be read."""
+    folder, _ = checkpoint
+    hub.run(PUSH + 'model.push_to_hub("alice/net", tags=["mine"])', folder)
+    card = ModelCard(hub.files("alice/net")["README.md"].decode())
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-classification", "transformers")
+    assert {"scan", "mine"} <= set(card.data.tags)
+    assert "More Information Needed" not in card.text
+    assert "self-distillation" not in card.text  # which nobody has said
+    use = card.text.split("```python")[1].split("```")[0]
+    hub.run("import torch\nimage = torch.rand(3, 32, 32)\n" + use)
+
+    theirs = b"---\ntags:\n- scan\n- early-exit\n- timm\n- hf_scan\n---\n# By hand\n"
+    for fault in (None, {"method": "HEAD", "path": "README.md", "status": 503, "times": None}):
+        hub.push("alice/net", {"README.md": theirs})
+        if fault is not None:
+            hub.misbehave(**fault)
+        hub.run(PUSH + 'model.push_to_hub("alice/net")', folder)
+        assert hub.files("alice/net")["README.md"] == theirs
+
+
+def test_the_card_of_a_network_without_thresholds_runs_too(hub, checkpoint):
+    folder, _ = checkpoint
+    hub.run(
+        PUSH + "from hf_scan import ExitConfig\nmodel.exit_config = ExitConfig()\nmodel.push_to_hub('alice/net')",
+        folder,
+    )
+    card = ModelCard(hub.files("alice/net")["README.md"].decode())
+    assert "no thresholds" in card.text
+    use = card.text.split("```python")[1].split("```")[0]
+    assert "predict_adaptive" not in use
+    hub.run("import torch\nimage = torch.rand(3, 32, 32)\n" + use)
 
 
 def test_private_sharded_and_in_a_subfolder(hub, checkpoint, tmp_path):
@@ -173,9 +289,7 @@ def test_pipeline_by_name(hub, checkpoint):
     code = """
 from PIL import Image
 from transformers import pipeline
-from hf_scan.model_card import create_model_card
 model.push_to_hub("alice/net")
-create_model_card(model, None, {}, "alice/net").push_to_hub("alice/net")
 classify = pipeline(model="alice/net")
 print(type(classify).__name__, classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True))
 """

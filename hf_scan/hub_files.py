@@ -1,0 +1,140 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Files from the Hub: of one commit, whole, and missing only where the Hub says so."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers.utils import CONFIG_NAME, hub, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_file_name(filename: str) -> None:
+    """Raises a `ValueError` for a name that leads out of the folder or the repository."""
+    parts = Path(filename).parts
+    if not parts or os.path.isabs(filename) or ".." in parts or "\\" in filename:
+        raise ValueError(f"{filename!r} is not the name of a file in a folder or a repository, such as 'fast.json'.")
+
+
+def pinned(
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    token: bool | str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> str | None:
+    """
+    The commit that a branch or a tag stands for now, so that all files are of the same. A revision that cannot be
+    resolved, that of a folder, and all with a version of Transformers that resolves none, are returned as they are.
+    """
+    resolve = getattr(hub, "resolve_revision", None)
+    if resolve is None or os.path.isdir(name):
+        return revision
+    found: str | None = resolve(name, revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
+    return found
+
+
+def find_file(
+    name: str | os.PathLike[str],
+    filename: str,
+    *,
+    subfolder: str = "",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: bool | str | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **_: Any,
+) -> Path | None:
+    """
+    Finds a file in a folder, in the cache or on the Hub.
+
+    Returns:
+        `Path`, *optional*: `None` if there is no such file, as far as can be known: offline, what was never asked for
+        is missed with a warning where other files of the model are there.
+
+    Raises:
+        `OSError`: if it cannot be known, or the repository cannot be read.
+    """
+    check_file_name(filename)
+    if os.path.isdir(name):
+        path = Path(name, subfolder, filename)
+        return path if path.is_file() else None
+    place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"local_files_only": local_files_only, "force_download": force_download}
+    whole = f"{subfolder}/{filename}" if subfolder else filename
+    try:
+        with checked_downloads(name, cache_dir):
+            return Path(hf_hub_download(str(name), whole, token=token, **place, **options))
+    except LocalEntryNotFoundError as error:
+        beside = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+        cached, neighbour = (try_to_load_from_cache(str(name), path, **place) for path in (whole, beside))
+        if cached is not None:  # known not to exist
+            return None
+        if (local_files_only or is_offline_mode()) and isinstance(neighbour, str):
+            logger.warning(f"{whole} of {name} is not in the cache, and taken to be missing on the Hub too.")
+            return None
+        reason: Exception = error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # of the client, whose kinds differ between its versions
+        reason = error
+    raise OSError(
+        f"{whole} of {name} could not be loaded ({type(reason).__name__}: {reason}). Check the name, the token and "
+        "the connection, and try again."
+    ) from reason
+
+
+@contextmanager
+def checked_downloads(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+    """
+    Compares the checksums of the files that come from the Hub meanwhile, which the client does not, and takes those
+    that are damaged out of the cache. They are known there by what the Hub says their checksum is.
+    """
+    started = time.time() - 2  # file systems are not that exact
+    try:
+        yield
+    except Exception:
+        _take_out_damaged(name, cache_dir, started)
+        raise
+    _take_out_damaged(name, cache_dir, started)
+
+
+def _take_out_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
+    # A folder has no place in the cache, nor has anything else that is no name of a repository.
+    cached = Path(cache_dir or HF_HUB_CACHE, "--".join(["models", *str(name).split("/")]), "blobs")
+    damaged = []
+    for blob in cached.iterdir() if not os.path.isdir(name) and cached.is_dir() else ():
+        with suppress(FileNotFoundError):  # another process tidies up
+            if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob):
+                blob.unlink()
+                damaged.append(blob)
+    if damaged:
+        raise OSError(
+            f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
+            "they have there. They have been taken out of the cache; load the model again."
+        )
+
+
+def _is_what_it_is_called(blob: Path) -> bool:
+    """Whether a file of the cache has the checksum it is named by: SHA-256, or, of a small one, git's or SHA-1."""
+    algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
+    if algorithm is None:
+        return True
+    digests = [hashlib.new(algorithm)]
+    if algorithm == "sha1":
+        digests.append(hashlib.sha1(b"blob %d\0" % blob.stat().st_size))
+    with blob.open("rb") as file:
+        while part := file.read(2**20):
+            for digest in digests:
+                digest.update(part)
+    return blob.name in [digest.hexdigest() for digest in digests]
