@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from accelerate import PartialState
@@ -96,6 +97,7 @@ class DataArguments:
         default=True,
         metadata={"help": "Store what a frozen backbone makes of the train images, where they are not augmented."},
     )
+    license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the card: 'mit', say."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many images."})
 
@@ -322,7 +324,7 @@ def main() -> None:
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
         if isinstance(trainer, ScanTrainer):
             name = trainer.hub_model_id or title(args.output_dir)
-            source = f"timm/{network.backbone}" if network.backbone_weights == "timm" else None
+            source = source_on_the_hub(network.backbone) if network.backbone_weights == "timm" else None
             trainer.card = create_model_card(model, report, facts, name, finetuned_from=source, **metadata(data))
             trainer.card.save(folder / "README.md")
     print(f"Written to {args.output_dir}")
@@ -341,8 +343,18 @@ def title(name: str) -> str:
 
 
 def metadata(data: DataArguments) -> dict[str, Any]:
-    """What a card says of the data where machines read it: the dataset, if others find it by that name."""
-    return {} if Path(data.dataset_name).exists() else {"datasets": [data.dataset_name]}
+    """What a card says where machines read it: the dataset, if others find it by that name, and the licence."""
+    known = {} if Path(data.dataset_name).exists() else {"datasets": [data.dataset_name]}
+    return known if data.license is None else {**known, "license": data.license}
+
+
+def source_on_the_hub(name: str) -> str | None:
+    """The repository that timm has the weights of a name from, if it is one."""
+    if ":" in name:
+        source, _, repository = name.partition(":")
+        return repository.partition("@")[0] if source == "hf-hub" else None
+    cfg = timm.get_pretrained_cfg(name)
+    return f"timm/{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.hf_hub_id == "timm/" else None
 
 
 def checkpoint_choice(trainer: Trainer) -> str:

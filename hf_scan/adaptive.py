@@ -112,10 +112,10 @@ class ExitConfig:
         return {name: getattr(self, name) for name in RULE}
 
     def _check_guarantee(self) -> None:
-        if self.guarantee is not None and self.guarantee.get("rule", self.rule) != self.rule:
+        if self.guarantee is not None and self.guarantee.get("rule") != self.rule:
             raise ValueError(
-                f"The guarantee is of {self.guarantee['rule']}, and the exit configuration has {self.rule}. Change it "
-                "with `update`, which drops the guarantee, or certify anew with `hf_scan.certify_thresholds`."
+                f"The guarantee is of {self.guarantee.get('rule')}, and the exit configuration has {self.rule}. Set "
+                "fields with `update`, which drops the guarantee, or certify anew with `hf_scan.certify_thresholds`."
             )
 
     def resolve(self, num_exits: int) -> list[float | int | None]:
@@ -245,6 +245,7 @@ class ExitConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise TypeError(f"a {type(values).__name__} stands where an object is expected")
+            json.dumps(values, allow_nan=False)  # which JSON does not know, and Python reads
             return cls.from_dict(values)
         except (TypeError, ValueError, RecursionError, StrictDataclassError) as error:
             raise ValueError(
@@ -277,7 +278,7 @@ class ExitConfig:
         Args:
             repo_id (`str`): The repository, which exists.
             filename (`str`, *optional*, defaults to `"exit_config.json"`): The file.
-            kwargs: `revision`, `token`, `create_pr`, `commit_message` and so on, as for
+            kwargs: `subfolder`, and `revision`, `token`, `create_pr`, `commit_message` and so on, as for
                 [`~huggingface_hub.HfApi.upload_file`].
 
         Returns:
@@ -289,8 +290,10 @@ class ExitConfig:
         self._check_savable()
         check_file_name(filename)
         kwargs = {"commit_message": f"Upload {filename}", **kwargs}
+        subfolder = kwargs.pop("subfolder", None)
+        path = f"{subfolder}/{filename}" if subfolder else filename
         return HfApi().upload_file(
-            path_or_fileobj=self.to_json().encode(), path_in_repo=filename, repo_id=repo_id, **kwargs
+            path_or_fileobj=self.to_json().encode(), path_in_repo=path, repo_id=repo_id, **kwargs
         )
 
     def _check_savable(self) -> None:

@@ -35,8 +35,9 @@ REFUSED_BACKBONE_ARGUMENTS = frozenset(
 PREPROCESSING_KEYS = frozenset({"mean", "std", "crop_pct", "crop_mode", "interpolation"})
 
 # A configuration from a stranger must not take all memory there is. Nobody has networks this large.
-LARGEST = {"num_labels": 1_000_000, "head_width": 16_384, "num_channels": 4_096, "image_size": 16_384}
+LARGEST = {"num_labels": 1_000_000, "head_width": 4_096, "num_channels": 4_096, "image_size": 16_384}
 LARGEST_ARGUMENT = 65_536
+DEEPEST = 2_048  # blocks, in all stages together
 
 # Set from other fields of the configuration, or of no use to a network that is run stage by stage.
 OWN_BACKBONE_ARGUMENTS = {
@@ -177,7 +178,17 @@ class ScanConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
                 )
+        attention = values.get("_attn_implementation") or values.get("attn_implementation")
+        if isinstance(attention, str) and "/" in attention:
+            raise ValueError(
+                f"The configuration names the kernel {attention!r}, which Transformers would fetch and run. Remove it."
+            )
         for name, value in self.backbone_kwargs.items():
+            if any(word in name for word in ("layer", "depth", "block")) and sum(map(abs, _numbers(value))) > DEEPEST:
+                raise ValueError(
+                    f"`backbone_kwargs` gives {name!r} {value}, more than {DEEPEST} in all; such a network would take "
+                    "all time there is. Correct it."
+                )
             if any(abs(number) > LARGEST_ARGUMENT for number in _numbers(value)):
                 raise ValueError(
                     f"`backbone_kwargs` gives {name!r} a number beyond {LARGEST_ARGUMENT}; such a network would take "

@@ -20,23 +20,24 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
-from timm.models import is_model_pretrained
+from timm.models import is_model_pretrained, load_model_config_from_hf
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, is_peft_available, logging
 
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .exit_heads import ExitHead, folded
-from .hub_files import checked_downloads, pinned
+from .hub_files import checked_downloads, find_file, pinned
 from .image_processing_scan import create_image_processor
 from .stages import Stage, cut_into_stages, keep_parts
 
 
 logger = logging.get_logger(__name__)
 
+ADAPTER = "adapter_config.json"
 # What a checkpoint consists of in one form or another, and a push replaces. (In folders of the repository, too, may be
 # files of these names: they are not meant.)
 OBSOLETE = [
@@ -481,7 +482,8 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
 
         Args:
             model (`str` or `torch.nn.Module`): Name of a model as `timm.create_model` takes it, `hf-hub:` and
-                `local-dir:` included, or a model that it made, which is copied.
+                `local-dir:` included, or a model that it made, which is copied. Weights on the Hub that are of a
+                ResNet for 32x32 images, though they name timm's for larger ones, are recognised.
             pretrained (`bool`, *optional*, defaults to `False`): Whether timm loads weights for a name.
             num_labels (`int`, *optional*): Labels. Defaults to the model's own. With another number, its classifier
                 starts anew.
@@ -512,7 +514,12 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             given = {name: value for name, value in given.items() if value is not None}
             given |= kwargs.get("backbone_kwargs") or {}
             given = {**_size_argument(model, kwargs.get("image_size")), **given}
-            source = _create_timm_model(model, pretrained, **given)
+            try:
+                source = _create_timm_model(model, pretrained, **given)
+            except ValueError:
+                source = _create_for_small_images(model, **given) if pretrained else None
+                if source is None:
+                    raise
         else:
             source = model
             if pretrained:
@@ -597,6 +604,12 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         names = ("token", "local_files_only", "cache_dir")
         access = {name: kwargs[name] for name in names if name in kwargs}
         kwargs["revision"] = pinned(pretrained_model_name_or_path, kwargs.get("revision"), **access)
+        where = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}
+        if is_peft_available() and find_file(pretrained_model_name_or_path, ADAPTER, **access, **where) is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {ADAPTER!r}, by which Transformers would load what that names "
+                "instead. Adapters are not supported; remove the file."
+            )
         try:
             with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
                 model, info = super().from_pretrained(
@@ -663,8 +676,9 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         """
         if self.exit_config.thresholds is not None:
             self.exit_config.resolve(self.num_exits)  # before anything is written
-        names = ("repo_id", "commit_message", "private", "create_pr", "revision", "commit_description", "tags")
-        hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
+        places = ("repo_id", "private", "create_pr", "revision", "subfolder")
+        words = ("commit_message", "commit_description", "tags")
+        hub_kwargs = {name: kwargs.pop(name) for name in (*places, *words) if name in kwargs}
         with self._with_code(include_code or self._auto_class is not None):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
@@ -690,8 +704,9 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         Args:
             repo_id (`str`): The repository, such as `"org/scan-resnet50"`. It is created when there is none.
             include_code (`bool`, *optional*, defaults to `False`): As in `save_pretrained`.
-            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and so on, as everywhere.
+            kwargs: `private`, `token`, `revision`, `subfolder`, `create_pr`, `commit_message` and so on.
         """
+        subfolder = kwargs.pop("subfolder", None)
         names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
         given = {name: kwargs.pop(name) for name in names if name in kwargs}
         tags = [*self.model_tags, *(kwargs.pop("tags", None) or [])]
@@ -703,12 +718,13 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
         with self._with_code(include_code), tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            card = self._card_of(repo_id, tags, include_code, token["token"])
+            card = self._card_of(repo_id, tags, include_code, token["token"]) if not subfolder else None
             if card is not None:
                 card.save(Path(folder, "README.md"))
             given.setdefault("commit_message", "Upload model")
             # In the same commit, what an earlier push left: weights in another number of files, thresholds of theirs.
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=OBSOLETE, **given)
+            given |= {"folder_path": folder, "path_in_repo": subfolder or None, "delete_patterns": OBSOLETE}
+            return api.upload_folder(repo_id=repo_id, **given)
 
     def _card_of(self, repo_id: str, tags: list[str], include_code: bool, token: Any) -> Any:
         """A card for a repository that has none; its own, where tags are to be added; None to leave it as it is."""
@@ -780,6 +796,23 @@ def _size_argument(name: str, image_size: int | None) -> dict[str, int]:
     pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
     fixed = image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size
     return {"img_size": image_size} if fixed else {}  # type: ignore[dict-item]
+
+
+def _create_for_small_images(name: str, **kwargs: Any) -> Any:
+    """
+    The network of 32x32 images whose weights are on the Hub under the name of timm's for larger ones. (There are
+    ResNets of that kind, whose authors changed the stem behind timm's back.)
+    """
+    if not name.startswith("hf-hub:"):
+        return None
+    cfg, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))[:3]
+    small = f"cifar_{architecture}"
+    if not timm.is_model(small):
+        return None
+    settings = {"num_classes": cfg["num_classes"], **(arguments or {}), **kwargs}
+    source = _create_timm_model(small, pretrained=True, pretrained_cfg=cfg, **settings)
+    source.pretrained_cfg = {**source.pretrained_cfg, "architecture": small, "tag": None}
+    return source
 
 
 def _create_timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:

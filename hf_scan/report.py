@@ -36,7 +36,7 @@ def exit_report(
     thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
     costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None
     columns = [measured for measured in speedups if not measured.refilled]
-    sizes = [] if costs is None else list(costs.milliseconds)
+    sizes = [] if costs is None else [size for size in costs.milliseconds if size in costs.plain]
     milliseconds = {
         str(size): costs.cumulative(model.exit_config if adaptive else None, size)
         for size in sizes

@@ -102,10 +102,13 @@ def test_an_exit_configuration_that_is_none(checkpoint, content):
 TOO_LARGE = [
     {"num_labels": 10**9, "id2label": None, "label2id": None},
     {"head_width": 10**9},
+    {"head_width": 8192},  # of heads that the weights leave out
     {"num_channels": 10**9},
     {"image_size": 10**9},
     {"backbone_kwargs": {"channels": [10**9, 10**9, 10**9]}},
     {"backbone_kwargs": {"nested": {"depths": [[10**12]]}}},
+    {"backbone_kwargs": {"layers": [60_000, 60_000, 60_000]}},
+    {"backbone_kwargs": {"layers": [1000, 1000, 1000]}},
 ]
 
 
@@ -132,7 +135,8 @@ for folder in sys.argv[1:]:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == len(TOO_LARGE)
-    assert all("and at most" in line or "a number beyond" in line for line in lines)
+    said = ("and at most", "a number beyond", "more than 2048 in all")
+    assert all(any(words in line for words in said) for line in lines)
 
 
 def test_code_is_not_run_unasked(checkpoint, tmp_path):
@@ -152,3 +156,34 @@ AutoModelForImageClassification.from_pretrained({str(checkpoint)!r}, trust_remot
     assert "trust_remote_code" in done.stderr
     assert done.returncode != 0
     assert not (tmp_path / "mark").exists()
+
+
+def test_an_adapter_that_names_another_model(checkpoint, tmp_path, monkeypatch):
+    """With `peft`, Transformers would load that in place of this."""
+    monkeypatch.setattr("hf_scan.modeling_scan.is_peft_available", lambda: True)
+    ScanForImageClassification.from_pretrained(checkpoint)
+    adapter = {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"holds 'adapter_config.json', by which Transformers would load"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_a_kernel_from_the_hub(checkpoint, name):
+    edit(checkpoint / "config.json", **{name: "bob/evil-kernel"})
+    with pytest.raises(ValueError, match="names the kernel 'bob/evil-kernel'"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("search", ['{"accuracy": NaN}', '{"accuracy": 1e400}'])
+def test_what_could_not_be_saved_again(checkpoint, search):
+    (checkpoint / "exit_config.json").write_text(f'{{"thresholds": [0.5, 0.5], "search": {search}}}')
+    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+def test_a_guarantee_of_nothing(checkpoint):
+    """One that does not say what rule it is of would be shown for any."""
+    edit(checkpoint / "exit_config.json", guarantee={"loss": "gap", "max_drop": 0.1, "delta": 0.05, "n": 10**6})
+    with pytest.raises(ValueError, match="The guarantee is of None"):
+        ScanForImageClassification.from_pretrained(checkpoint)

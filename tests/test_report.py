@@ -115,3 +115,27 @@ def test_a_batch_size_without_costs_has_no_prediction():
     report = exit_report(calibrated(), SCORES, [other])
     assert set(report["speedup"]) == {"predicted from MACs", "realised, batch 3"}
     assert "4.000" in exit_table(report)
+
+
+def test_what_was_measured_of_the_exits_is_shown_without_a_run_against_the_plain_network():
+    """As `examples/calibrate.py` leaves it: the parts were measured, and the whole was not."""
+    report = exit_report(calibrated(), SCORES)
+    assert "| ms, batch 8 |" in exit_table(report)
+    assert [row["milliseconds"].get("8") for row in report["rows"]] == [1.0, 2.0, 4.25, 4.25, None, 4.0]
+    card = create_model_card(calibrated(), report, FACTS, "org/net").text
+    assert "medians of stages and heads for an exit." in card
+    assert "interleaved" not in card
+
+
+def test_a_card_claims_no_more_than_is_known():
+    """Of training, thresholds and splits; and it names the code where there is some."""
+    model = random_scan_model()
+    bare = create_model_card(model, None, {}, "org/net").text
+    for claim in ("self-distillation", "confident enough.", "predict_adaptive", "disjoint", "trust_remote_code"):
+        assert claim not in bare
+    own = create_model_card(model, None, {"splits": {"test": 5}}, "org/net", include_code=True).text
+    assert "disjoint" not in own  # with what, nobody said
+    assert "trust_remote_code=True" in own
+    scores = {name: value for name, value in SCORES.items() if name.endswith("accuracy")}
+    assert "On the test split." in create_model_card(model, exit_report(model, scores), {}, "org/net").text
+    assert "a static network" in create_model_card(model.truncate(0), None, {}, "org/net").text

@@ -197,6 +197,27 @@ for attempt in (
     assert said[3].startswith("ValueError '../exit_config.json' is not the name of a file")
 
 
+def test_pushed_into_a_subfolder(hub, checkpoint, tmp_path):
+    folder, model = checkpoint
+    code = """
+from hf_scan import ExitConfig
+old = ScanForImageClassification(model.config)
+old.push_to_hub("alice/net", max_shard_size="200KB")
+old.push_to_hub("alice/net", subfolder="small", max_shard_size="200KB")
+model.push_to_hub("alice/net", subfolder="small")
+ExitConfig(thresholds=[0.1, 0.1]).push_to_hub("alice/net", "fast.json", subfolder="small")
+fast = ScanForImageClassification.from_pretrained("alice/net", subfolder="small", exit_config="fast.json")
+assert fast.exit_config.thresholds == [0.1, 0.1]
+"""
+    hub.run(PUSH + code, folder)
+    files = hub.files("alice/net")
+    assert {"small/model.safetensors", "small/exit_config.json", "small/fast.json"} <= set(files)
+    assert not any(name.startswith("small/model-") for name in files)
+    assert any(name.startswith("model-") for name in files)  # those of the other model stay
+    hub.run(LOAD + 'load("alice/net", sys.argv[1], subfolder="small")', tmp_path / "answers")
+    check(tmp_path / "answers", model)
+
+
 def test_a_push_leaves_nothing_of_the_model_before(hub, checkpoint, tmp_path):
     """Weights in other shards, or thresholds that are gone: what is loaded is what was pushed last."""
     folder, model = checkpoint
@@ -317,6 +338,36 @@ model.push_to_hub("alice/pets-scan")
     hub.run(code)
     config = json.loads(hub.files("alice/pets-scan")["config.json"])
     assert config["backbone"].startswith("resnet10t")
+
+
+def test_weights_of_timm_for_small_images(hub):
+    """As `edadaltocg/resnet18_cifar100` is: timm's name, another stem, and a pickle of weights."""
+    code = """
+import json, timm, torch
+from huggingface_hub import HfApi
+from torch import nn
+from hf_scan import ScanForImageClassification
+torch.manual_seed(0)
+net = timm.create_model("resnet18", num_classes=100)
+net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+torch.save(net.state_dict(), "pytorch_model.bin")
+cfg = {"input_size": [3, 32, 32], "first_conv": "conv1", "classifier": "fc", "mean": [0.5] * 3, "std": [0.2] * 3}
+cfg = {"architecture": "resnet18", "num_classes": 100, "pretrained_cfg": {**cfg, "num_classes": 100}}
+with open("config.json", "w") as file:
+    json.dump(cfg, file)
+HfApi().create_repo("alice/resnet18_cifar100")
+for name in ("config.json", "pytorch_model.bin"):
+    HfApi().upload_file(path_or_fileobj=name, path_in_repo=name, repo_id="alice/resnet18_cifar100")
+model = ScanForImageClassification.from_timm("hf-hub:alice/resnet18_cifar100", pretrained=True).eval()
+images = torch.randn(2, 3, 32, 32)
+assert torch.equal(model(images).logits, net.eval()(images))
+assert (model.config.backbone, model.config.num_labels) == ("cifar_resnet18", 100)
+assert model.config.preprocessing["mean"] == [0.5] * 3
+other = ScanForImageClassification.from_timm("hf-hub:alice/resnet18_cifar100", pretrained=True, num_labels=7)
+assert torch.equal(other.backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+assert other(images).logits.shape == (2, 7)
+"""
+    hub.run(code)
 
 
 @pytest.mark.parametrize(
