@@ -33,6 +33,8 @@ from transformers.training_args import OptimizerNames
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.baseline import plain_accuracy, plain_copy
+from hf_scan.calibration import ExitTable, collect_exit_logits, exit_frontier
+from hf_scan.calibration.prices import Prices
 from hf_scan.costs import describe_machine
 from hf_scan.data import (
     DecodedRows,
@@ -47,7 +49,7 @@ from hf_scan.data import (
 from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
 from hf_scan.image_processing_scan import create_image_processor
 from hf_scan.model_card import create_model_card
-from hf_scan.plotting import plot_training
+from hf_scan.plotting import plot_frontier, plot_training
 from hf_scan.report import exit_report, exit_table, speedup_lines
 from hf_scan.stage_features import StageFeatures, extract_stage_features
 
@@ -283,10 +285,11 @@ def main() -> None:
         shutil.rmtree(Path(args.output_dir, FEATURES), ignore_errors=True)
 
     if "search" in images and not network.plain:
-        # One process searches, all of them score with what it found.
+        # The first process searches, all of them score with what it found.
         found: list[Any] = [None]
         if args.process_index == 0:
-            found = [calibrate(model, images["search"], beta=network.beta, seed=args.seed)]
+            table = collect_exit_logits(model, images["search"])
+            found = [calibrate(model, table, beta=network.beta, seed=args.seed)]
         model.exit_config = broadcast_object_list(found)[0]
     args.dataloader_drop_last = False  # the Trainer would leave test images out too
     scores = trainer.evaluate(images["test"], metric_key_prefix="test")
@@ -323,6 +326,8 @@ def main() -> None:
         processor.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
         if isinstance(trainer, ScanTrainer):
+            if model.exit_config.search is not None:
+                facts |= draw_frontier(model, table, folder)
             name = trainer.hub_model_id or title(args.output_dir)
             source = source_on_the_hub(network.backbone) if network.backbone_weights == "timm" else None
             trainer.card = create_model_card(model, report, facts, name, finetuned_from=source, **metadata(data))
@@ -335,6 +340,20 @@ def main() -> None:
             print(error)
     if args.push_to_hub:
         print(f"Pushed to {trainer.push_to_hub().repo_url}")
+
+
+def draw_frontier(model: ScanForImageClassification, table: ExitTable, folder: Path) -> dict[str, str]:
+    """What thresholds can do for this network, for its card; nothing where there is no Matplotlib."""
+    config, prices = model.exit_config, Prices.of(model)
+    frontier = exit_frontier(table, config, prices.cumulative, polish=False)
+    search = config.search or {}
+    chosen = {"chosen": (search["accuracy"], search["cost"] * prices.plain_image)}
+    try:
+        plot_frontier(frontier, folder / "frontier.png", f"{prices.unit} ({table.split} split)", points=chosen)
+    except ImportError as error:
+        print(error)
+        return {}
+    return {"frontier": "frontier.png"}
 
 
 def title(name: str) -> str:

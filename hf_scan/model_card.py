@@ -79,6 +79,7 @@ def create_model_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         include_code=include_code,
+        measured_on=(model.exit_config.costs or {}).get("machine"),
         truncated=model.config.truncated,
         realised=report is not None and any(name.startswith("realised") for name in report["speedup"]),
         backbone=model.config.backbone,

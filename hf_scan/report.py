@@ -36,7 +36,10 @@ def exit_report(
     thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
     costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None
     columns = [measured for measured in speedups if not measured.refilled]
-    sizes = [] if costs is None else [size for size in costs.milliseconds if size in costs.plain]
+    sizes: list[int] = []
+    if costs is not None:  # for the largest batch and for one image, where it was not run against the plain network
+        wanted = {measured.batch_size for measured in columns} or {1, costs.batch_size}
+        sizes = [size for size in sorted(wanted) if size in costs.milliseconds and size in costs.plain]
     milliseconds = {
         str(size): costs.cumulative(model.exit_config if adaptive else None, size)
         for size in sizes

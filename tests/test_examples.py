@@ -92,9 +92,23 @@ def check_output(folder: Path, processes: int = 1) -> dict:
     processor = AutoImageProcessor.from_pretrained(folder)
     pixel_values = processor([PILImage.new("RGB", (16, 16), (250, 60, 60))], return_tensors="pt")["pixel_values"]
     assert model.predict_adaptive(pixel_values).logits.isfinite().all()
-    assert ModelCard.load(folder / "README.md").data.eval_results
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results
+    assert "(frontier.png)" in card.text
+    assert PILImage.open(folder / "frontier.png").width > 300
     assert not (folder / "training_args.bin").exists()  # which would hold a token, if there was one
     return metrics
+
+
+def test_where_weights_of_timm_are():
+    """The base model on a card is a repository that there is, or none."""
+    names = ["resnet50.a1_in1k", "resnet50", "hf-hub:alice/pets@main", "local-dir:/weights", "cifar_resnet20"]
+    code = f"import sys, json; sys.path.insert(0, {str(EXAMPLES)!r}); import train; "
+    code += f"print(json.dumps([train.source_on_the_hub(name) for name in {names}]))"
+    found = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
+    assert found[0] == "timm/resnet50.a1_in1k"
+    assert found[1].startswith("timm/resnet50.")  # the default tag of this version
+    assert found[2:] == ["alice/pets", None, None]
 
 
 def test_train_then_resume(dataset_folder, tmp_path):

@@ -109,10 +109,10 @@ def exact_frontier(
         part[:, :free] = lets_nobody_go
         part[:, columns] = policies
         parts.append(part)
-    thresholds = Frontier.of(confidences, correct, costs, np.concatenate(parts)).thresholds
-    if polish and not exact:
-        thresholds = polished(confidences, correct, costs, thresholds)
-    return Frontier.of(confidences, correct, costs, thresholds)
+    frontier = Frontier.of(confidences, correct, costs, np.concatenate(parts))
+    if not polish or exact:
+        return frontier
+    return Frontier.of(confidences, correct, costs, polished(confidences, correct, costs, frontier.thresholds))
 
 
 def _best_on_grid(
@@ -125,7 +125,12 @@ def _best_on_grid(
     grids = [_grid(confidences[:, column], per_column) for column in columns]
     asked = [*columns, -1]
     accuracy, cost = _on_grid(confidences[:, asked], correct[:, asked], costs[asked], grids)
-    kept = undominated(accuracy.ravel(), cost.ravel())
+    # Of policies that get equally many right, the cheapest only: then there are few to sort.
+    right = np.rint(accuracy.ravel() * len(correct)).astype(np.int64)
+    least = np.full(len(correct) + 1, np.inf)
+    np.minimum.at(least, right, cost.ravel())
+    cheapest = np.flatnonzero(cost.ravel() <= least[right])
+    kept = cheapest[undominated(right[cheapest], cost.ravel()[cheapest])]
     places = np.unravel_index(kept, accuracy.shape)
     return grids, np.stack([grid[place] for grid, place in zip(grids, places)], axis=1)
 
