@@ -373,7 +373,7 @@ def source_on_the_hub(name: str) -> str | None:
         source, _, repository = name.partition(":")
         return repository.partition("@")[0] if source == "hf-hub" else None
     cfg = timm.get_pretrained_cfg(name)
-    return f"timm/{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.hf_hub_id == "timm/" else None
+    return None if cfg is None else cfg.hf_hub_id
 
 
 def checkpoint_choice(trainer: Trainer) -> str:

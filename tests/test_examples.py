@@ -105,7 +105,7 @@ def test_where_weights_of_timm_are():
     names = ["resnet50.a1_in1k", "resnet50", "hf-hub:alice/pets@main", "local-dir:/weights", "cifar_resnet20"]
     code = f"import sys, json; sys.path.insert(0, {str(EXAMPLES)!r}); import train; "
     code += f"print(json.dumps([train.source_on_the_hub(name) for name in {names}]))"
-    found = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
+    found = json.loads(next(line for line in run(sys.executable, "-c", code).splitlines() if line.startswith("[")))
     assert found[0] == "timm/resnet50.a1_in1k"
     assert found[1].startswith("timm/resnet50.")  # the default tag of this version
     assert found[2:] == ["alice/pets", None, None]
