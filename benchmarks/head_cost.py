@@ -3,13 +3,18 @@ every exit over the time of the plain backbone.
 
     python benchmarks/head_cost.py --threads 2 --output runs/head_cost.md
     python benchmarks/head_cost.py --no-time      # MACs and parameters only, nothing is computed
+    python benchmarks/head_cost.py --forms        # milliseconds of each head: as it is, folded, and compiled
 
 Random weights and random images of each network's default size; medians of interleaved rounds.
 """
 
 import argparse
+import copy
+import itertools
 import statistics
+import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +22,7 @@ from tqdm import tqdm
 
 from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs, describe_machine, interleaved_medians
+from hf_scan.exit_heads import folded
 
 
 BACKBONES = """
@@ -45,6 +51,23 @@ def ratio(config: ScanConfig, batch_size: int, rounds: int) -> float:
         calls = {"all": lambda: model(images), "plain": lambda: model.backbone(images)}
         seconds = interleaved_medians(calls, rounds=rounds)
     return seconds["all"] / seconds["plain"]
+
+
+def forms(rounds: int) -> None:
+    """What an early exit's head takes for one image, as it is, with its batch norms folded, and compiled."""
+    print("| network | batch | head | as it is | folded | compiled |\n|---|---:|---:|---:|---:|---:|")
+    for name, batch_size in itertools.product(("cifar_resnet18", "resnet18", "resnet50"), (1, 64)):
+        model = ScanForImageClassification(ScanConfig(backbone=name)).eval().to(memory_format=torch.channels_last)
+        size = model.config.image_size
+        images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            for index, feature in enumerate(model.extract_features(images)[:-1]):
+                torch.compiler.reset()  # what is compiled belongs to a function's code, which a few heads would fill
+                head = model.exit_heads[index]
+                calls = {"as it is": head, "folded": folded(head), "compiled": torch.compile(copy.deepcopy(head))}
+                seconds = interleaved_medians({key: partial(call, feature) for key, call in calls.items()}, rounds)
+                cells = " | ".join(f"{1000 * value / batch_size:.3f}" for value in seconds.values())
+                print(f"| `{name}` | {batch_size} | {index} | {cells} |", flush=True)
 
 
 def main(output: Path, rounds: int) -> None:
@@ -77,6 +100,10 @@ if __name__ == "__main__":
     parser.add_argument("--no-time", action="store_true", help="count only")
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--forms", action="store_true", help="compare the forms of a head instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.forms:
+        forms(arguments.rounds)
+        sys.exit()
     main(arguments.output, 0 if arguments.no_time else arguments.rounds)

@@ -137,7 +137,7 @@ def cross_fitted(columns: Columns, least_accuracy: float, frontier: Frontier) ->
         least_accuracy,
         columns[1][:, -1],
         lambda rows: exact_frontier(*some(columns, rows), max_policies=200_000, polish=False),
-        lambda thresholds, rows: float(evaluate_policies(*some(columns, rows), thresholds)[0][0]),
+        lambda policies, rows: evaluate_policies(*some(columns, rows), policies)[0],
     )
     return min(asked, float(frontier.accuracy.max()))
 

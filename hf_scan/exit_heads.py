@@ -211,8 +211,8 @@ class ExitHead(nn.Module):
 
 def folded(head: ExitHead) -> ExitHead:
     """
-    A copy of a head for inference, whose convolutions do the work of the batch norms behind them. At batch size 1,
-    where each of a head's small operations costs as much as any other, it takes four fifths of the time.
+    A copy of a head for inference, whose convolutions do the work of the batch norms behind them. That tells for one
+    image, where each of a head's small operations costs about as much as any other: `benchmarks/head_cost.py --forms`.
 
     Args:
         head ([`ExitHead`]): In evaluation mode.

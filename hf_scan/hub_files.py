@@ -53,7 +53,6 @@ def find_file(
     token: bool | str | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-    **_: Any,
 ) -> Path | None:
     """
     Finds a file in a folder, in the cache or on the Hub.

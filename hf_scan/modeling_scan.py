@@ -712,12 +712,12 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         tags = [*self.model_tags, *(kwargs.pop("tags", None) or [])]
         token = {"token": given.get("token")}
         api = HfApi()
-        repo_id = api.create_repo(repo_id, private=given.pop("private", None), exist_ok=True, **token).repo_id
-        revision = given.get("revision")
-        if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
         with self._with_code(include_code), tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
+            self.save_pretrained(folder, **kwargs)  # first: what cannot be saved leaves no empty repository
+            repo_id = api.create_repo(repo_id, private=given.pop("private", None), exist_ok=True, **token).repo_id
+            revision = given.get("revision")
+            if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
             card = self._card_of(repo_id, tags, include_code, token["token"]) if not subfolder else None
             if card is not None:
                 card.save(Path(folder, "README.md"))

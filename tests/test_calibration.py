@@ -197,11 +197,11 @@ def test_cross_fitting_tells_what_is_lost_elsewhere():
         def frontier_of(some, part=part):
             return exact_frontier(part[0][some], part[1][some], costs, max_policies=10_000, polish=False)
 
-        def accuracy_of(thresholds, some, part=part):
-            return evaluate_policies(part[0][some], part[1][some], costs, thresholds)[0][0]
+        def accuracies_of(policies, some, part=part):
+            return evaluate_policies(part[0][some], part[1][some], costs, policies)[0]
 
         wanted = part[1][:, -1].mean() - 0.01
-        asked = least_accuracy_to_ask(wanted, part[1][:, -1], frontier_of, accuracy_of)
+        asked = least_accuracy_to_ask(wanted, part[1][:, -1], frontier_of, accuracies_of)
         assert wanted <= asked <= wanted + 0.03 + 1e-9
         frontier = frontier_of(np.arange(600))
         for name, least in (("asked", min(asked, frontier.accuracy.max())), ("wanted", wanted)):
@@ -210,6 +210,11 @@ def test_cross_fitting_tells_what_is_lost_elsewhere():
             lost[name].append(100 * (correct[:, -1].mean() - accuracy[0]))
     assert np.mean(lost["wanted"]) > 1.4
     assert np.mean(lost["asked"]) < 1.2
+
+
+def test_cross_fitting_needs_an_image_for_each_fold():
+    with pytest.raises(ValueError, match="has 4 values; expected 5 or more"):
+        least_accuracy_to_ask(0.5, np.ones(4, dtype=bool), None, None)
 
 
 def test_a_grid_needs_policies():

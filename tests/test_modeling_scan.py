@@ -22,6 +22,7 @@ from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.adaptive import apply_exit_rule
 from hf_scan.baseline import plain_copy
 from hf_scan.exit_criteria import confidence_of
+from hf_scan.exit_heads import folded
 from hf_scan.image_processing_scan import create_image_processor
 
 from .conftest import random_scan_model
@@ -583,12 +584,17 @@ def test_compiled_stages_take_batches_of_any_size(images):
     """Compiled for the first size and a few ranges, as PyTorch divides them, not for each that remains of a batch."""
     model, expected = random_scan_model(), random_scan_model()
     model.compile_stages(backend="eager", fullgraph=True)
+    alike = random_scan_model()
+    alike.exit_heads = torch.nn.ModuleList(folded(head) for head in alike.exit_heads)  # as compiling does
     policy = {"thresholds": [0.6, 0.6, 0.6]}
     for size in (24, 20, 8, 1):
         model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
     with torch.compiler.set_stance("fail_on_recompile"):
         for size in (24, 19, 11, 5, 1):
-            found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, expected))
+            found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, alike))
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits)
+            plain = expected.predict_adaptive(images[:size].clone(), **policy)
             assert torch.equal(found.exit_index, plain.exit_index)
             torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

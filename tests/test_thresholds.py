@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -426,6 +427,9 @@ def test_no_split_takes_both_parts_in_turn(network, tables):
         calibrate(network, certification, max_accuracy_drop=5.0)
     with pytest.raises(ValueError, match="Thresholds were searched on the 'search' split"):
         calibrate(network, table(500, 7, model=search.model), guarantee=RiskBound(5.0), certify_dataset=search)
+    twice = certification.select(np.r_[np.arange(3000), np.arange(3000)])
+    with pytest.raises(ValueError, match="certified the thresholds that the model has"):
+        calibrate(network, twice, max_accuracy_drop=5.0)
     # Anew, with the parts as they were.
     calibrate(network, search, guarantee=RiskBound(6.0), certify_dataset=certification)
     network.exit_config = ExitConfig()
@@ -453,7 +457,9 @@ def test_a_warning_says_what_the_next_thresholds_need(network, tables, caplog):
     few = tables[1].select(np.arange(320))
     with caplog.at_level("WARNING", logger="hf_scan"):
         calibrate(network, tables[0], guarantee=RiskBound(1.0), certify_dataset=few)
-    assert "Only the network without early exits" in caplog.text
+    assert "Only the network without early exits keeps the guarantee on the 320 images" in caplog.text
+    number = re.search(r"About ([\d,]+) would certify the next cheaper thresholds", caplog.text)
+    assert int(number[1].replace(",", "")) > 320
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,6 @@ class Certificate:
         n (`int`): Samples.
         test (`str`): The test, in words.
         policies_tested (`int`): How many policies were tested, one after another, each at the level `delta`.
-        next_needs (`int`, *optional*): How many samples of the kind would certify the next cheaper policy, about.
-            `None` where there is none, or where more samples would not help.
     """
 
     policy: int
@@ -71,12 +69,11 @@ class Certificate:
     n: int
     test: str
     policies_tested: int
-    next_needs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, without what means something only here: the row, and what comes next."""
+        """As JSON holds it, without the row, which means nothing elsewhere."""
         values = asdict(self)
-        del values["policy"], values["next_needs"]
+        del values["policy"]
         return {**values.pop("bound"), **values}
 
 
@@ -178,18 +175,16 @@ def certify_answers(right: Iterable[np.ndarray], bound: RiskBound, baseline: np.
     """
     passed: dict[str, Any] = {}
     tested = 0
-    needed = None
     for row, answers in zip(reversed(range(policies)), right):
         p_value = _p_value(answers, baseline, bound)
         tested += 1
         if p_value > bound.delta:
-            needed = _needed(answers, baseline, bound) if passed else None
             break
         passed = {"policy": row, "risk": _risk(answers, baseline, bound), "p_value": p_value}
     if not passed:
         raise CannotCertifyError(_too_few(answers, baseline, bound))
     test = DIFFERENCE if bound.loss == "gap" else BINOMIAL
-    return Certificate(**passed, bound=bound, n=len(baseline), test=test, policies_tested=tested, next_needs=needed)
+    return Certificate(**passed, bound=bound, n=len(baseline), test=test, policies_tested=tested)
 
 
 def _risk(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> float:
@@ -268,7 +263,7 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
             f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, and more "
             "samples of the kind would not help. Allow a larger `max_drop`."
         )
-    needed = _needed(right, compared, bound)
+    needed = samples_needed(right, compared, bound)
     count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
     return (
         f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
@@ -277,8 +272,15 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
     )
 
 
-def _needed(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> int | None:
-    """How many samples like these would certify a policy."""
+def samples_needed(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> int | None:
+    """
+    How many samples like these would certify a policy, about; `None` where more would not help or too many would do.
+
+    Args:
+        right (`np.ndarray` of shape `(n,)`): Whether its answers are right.
+        compared (`np.ndarray` of shape `(n,)`): Whether the answers that are compared with are right.
+        bound ([`RiskBound`]): What is to be guaranteed.
+    """
     if _risk(right, compared, bound) >= bound.max_drop:
         return None
     shares = ((compared & ~right).mean(), (right & ~compared).mean(), (~right).mean())

@@ -111,8 +111,8 @@ def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
         )
 
 
-def apart_from(table: ExitTable, other: ExitTable) -> ExitTable:
+def apart_from(table: ExitTable, other: ExitTable | None = None) -> ExitTable:
     """A split without images that are there twice or in another one: a test counts each as one of many at random."""
     first = np.zeros(len(table), dtype=bool)
     first[np.unique(table.samples, return_index=True)[1]] = True
-    return table.select(first & ~np.isin(table.samples, other.samples))
+    return table.select(first if other is None else first & ~np.isin(table.samples, other.samples))

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..adaptive import ExitConfig, apply_exit_rule
 from ..data import digests_as_text
 from ..monitor import count_answers
-from .certify import CannotCertifyError, Certificate, RiskBound, certify_answers, check_bound
+from .certify import CannotCertifyError, Certificate, RiskBound, certify_answers, check_bound, samples_needed
 from .cross_fitting import least_accuracy_to_ask
 from .exit_frontier import exit_frontier, num_columns
 from .exit_table import ExitTable, collect_exit_logits
@@ -160,7 +160,7 @@ def calibrate(
                 ) from error
             row = certificate.policy
             if np.isnan(frontier.thresholds[row, : table.num_exits - 1]).all():
-                needed = certificate.next_needs
+                needed = _needed_by_next(tables[1], rule, frontier.thresholds[:row], guarantee)
                 logger.warning(
                     f"Only the network without early exits keeps the guarantee on the {len(tables[1])} images to "
                     "certify on." + (f" About {needed:,} would certify the next cheaper thresholds." if needed else "")
@@ -196,7 +196,7 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, "certify")
     check_apart(model, [table])
     check_not_among(table, config.searched_on, "The thresholds were searched")
-    table = apart_from(table, table.select(np.array([], dtype=int)))
+    table = apart_from(table)
     check_usable(table, config)
     policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
     certificate = _certified(table, config, policy, bound)
@@ -372,11 +372,11 @@ def _asked(table: ExitTable, rule: ExitConfig, prices: Prices, least_accuracy: f
         part = table.select(rows)
         return exit_frontier(part, rule, prices.cumulative, max_policies=POLICIES_OF_A_FOLD, polish=False)
 
-    def accuracy_of(thresholds: np.ndarray, rows: np.ndarray) -> float:
+    def accuracies_of(policies: np.ndarray, rows: np.ndarray) -> np.ndarray:
         part = table.select(rows)
-        return float((_answers(part, rule, thresholds) == part.labels).mean())
+        return np.array([(_answers(part, rule, thresholds) == part.labels).mean() for thresholds in policies])
 
-    return least_accuracy_to_ask(least_accuracy, table.deepest == table.labels, frontier_of, accuracy_of)
+    return least_accuracy_to_ask(least_accuracy, table.deepest == table.labels, frontier_of, accuracies_of)
 
 
 def _thinned(frontier: Frontier) -> Frontier:
@@ -387,6 +387,14 @@ def _certified(table: ExitTable, rule: ExitConfig, policies: np.ndarray, bound: 
     truth = table.deepest if bound.loss == "disagreement" else table.labels
     right = (_answers(table, rule, thresholds) == truth for thresholds in reversed(policies))
     return certify_answers(right, bound, table.deepest == table.labels, len(policies))
+
+
+def _needed_by_next(table: ExitTable, rule: ExitConfig, cheaper: np.ndarray, bound: RiskBound) -> int | None:
+    """How many images the most expensive of some policies would need to be certified, about."""
+    if len(cheaper) == 0:
+        return None
+    truth = table.deepest if bound.loss == "disagreement" else table.labels
+    return samples_needed(_answers(table, rule, cheaper[-1]) == truth, table.deepest == table.labels, bound)
 
 
 def _answers(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> np.ndarray:

@@ -405,6 +405,20 @@ for _ in range(2):
     check(tmp_path / "answers", model)
 
 
+def test_what_cannot_be_saved_leaves_no_repository(hub, checkpoint):
+    folder, _ = checkpoint
+    code = """
+from hf_scan import ExitConfig
+model.exit_config = ExitConfig(thresholds=[0.5, 0.5], criterion=lambda seen: seen[-1].amax(dim=-1))
+try:
+    model.push_to_hub("alice/net")
+except ValueError as error:
+    print(error)
+"""
+    assert "which cannot be saved" in hub.run(PUSH + code, folder).stdout
+    assert not hub.repos
+
+
 def test_a_push_that_fails_changes_nothing(hub, checkpoint):
     folder, _ = checkpoint
     hub.run(PUSH + 'model.push_to_hub("alice/net")', folder)
