@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs, describe_machine, interleaved_medians
-from hf_scan.exit_heads import folded
+from hf_scan.exit_heads import FoldedHead
 
 
 BACKBONES = """
@@ -64,7 +64,7 @@ def forms(rounds: int) -> None:
             for index, feature in enumerate(model.extract_features(images)[:-1]):
                 torch.compiler.reset()  # what is compiled belongs to a function's code, which a few heads would fill
                 head = model.exit_heads[index]
-                calls = {"as it is": head, "folded": folded(head), "compiled": torch.compile(copy.deepcopy(head))}
+                calls = {"as it is": head, "folded": FoldedHead(head), "compiled": torch.compile(copy.deepcopy(head))}
                 seconds = interleaved_medians({key: partial(call, feature) for key, call in calls.items()}, rounds)
                 cells = " | ".join(f"{1000 * value / batch_size:.3f}" for value in seconds.values())
                 print(f"| `{name}` | {batch_size} | {index} | {cells} |", flush=True)

@@ -3,6 +3,7 @@
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -362,10 +363,12 @@ def fall_back(
         logits = torch.stack(list(seen)).mean(dim=0)
         return logits, torch.full(logits.shape[:1], num_exits, device=logits.device), confidence_of(logits)
     if exit_config.fallback == "deepest":
-        seen, exits = seen[-1:], exits[-1:]
+        logits, last = seen[-1], exits[-1]
+        exit_index = torch.full(logits.shape[:1], last, device=logits.device)
+        return logits, exit_index, confidence_of(exit_config.scaled(logits, last))
     confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
     best = confidences.argmax(dim=0)
-    logits = seen[-1] if len(seen) == 1 else torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
+    logits = torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
     return logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0)
 
 
@@ -648,7 +651,7 @@ def _answered(
     answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits that are not finite leave at no exit, so that it is enough to look for them here."""
-    if not answer[2].isfinite().all():
+    if not math.isfinite(answer[2].sum().item()):
         raise ValueError(
             "The network gives logits that are not finite, though the images are. Check its weights; in float16, try "
             "bfloat16 or float32."

@@ -29,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, ModelOutput, is_peft_availa
 from .adaptive import EXIT_CONFIG_NAME, ExitConfig
 from .adaptive_stream import AdaptiveStreamMixin
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
-from .exit_heads import ExitHead, folded
+from .exit_heads import ExitHead, FoldedHead
 from .hub_files import checked_downloads, find_file, pinned
 from .image_processing_scan import create_image_processor
 from .stages import Stage, cut_into_stages, keep_parts
@@ -256,10 +256,11 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
-        for head in self._compiled.values():
-            if isinstance(head, ExitHead):  # a folded one, which no module holds
-                head._apply(*args, **kwargs)
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        for index, head in enumerate(self.exit_heads):
+            if isinstance(head, ExitHead) and isinstance(self._compiled.get(f"head {index}"), FoldedHead):
+                self._compiled[f"head {index}"] = FoldedHead(head)
+        return self
 
     def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """
@@ -334,7 +335,7 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
             self._compiled[f"stage {index}"] = torch.compile(stage.forward, **kwargs)
         for index, head in enumerate(self.exit_heads):
             if isinstance(head, ExitHead) and all(weight.device.type == "cpu" for weight in head.parameters()):
-                self._compiled[f"head {index}"] = folded(head)
+                self._compiled[f"head {index}"] = FoldedHead(head)
                 continue
             # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
             forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)

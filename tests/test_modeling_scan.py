@@ -22,7 +22,7 @@ from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.adaptive import apply_exit_rule
 from hf_scan.baseline import plain_copy
 from hf_scan.exit_criteria import confidence_of
-from hf_scan.exit_heads import folded
+from hf_scan.exit_heads import FoldedHead
 from hf_scan.image_processing_scan import create_image_processor
 
 from .conftest import random_scan_model
@@ -585,7 +585,7 @@ def test_compiled_stages_take_batches_of_any_size(images):
     model, expected = random_scan_model(), random_scan_model()
     model.compile_stages(backend="eager", fullgraph=True)
     alike = random_scan_model()
-    alike.exit_heads = torch.nn.ModuleList(folded(head) for head in alike.exit_heads)  # as compiling does
+    alike._compiled = {f"head {index}": FoldedHead(head) for index, head in enumerate(alike.exit_heads)}
     policy = {"thresholds": [0.6, 0.6, 0.6]}
     for size in (24, 20, 8, 1):
         model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
