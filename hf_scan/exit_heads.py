@@ -213,7 +213,9 @@ class ExitHead(nn.Module):
         """
         feature = self.squeeze(feature)
         mask = None if self.attention is None else self.attention(feature)
-        pooled, logits = self.classifier(feature if mask is None else feature * mask)
+        if mask is not None:
+            feature = feature * mask  # under the same name, so that what it was before takes no more memory
+        pooled, logits = self.classifier(feature)
         return pooled, logits, mask
 
 
@@ -241,7 +243,9 @@ class FoldedHead:
         squeeze, attention, features, last = self.single if len(feature) == 1 else self.batch
         feature = _run(squeeze, feature)
         mask = None if self.fit is None else self.fit(_run(attention, feature), feature)
-        pooled = _run(features, feature if mask is None else feature * mask)
+        if mask is not None:
+            feature = feature * mask
+        pooled = _run(features, feature)
         return pooled, _run(last, pooled), mask
 
 

@@ -2,15 +2,19 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hf_scan import ExitConfig, apply_exit_rule
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule
 from hf_scan.adaptive import within_memory
 from hf_scan.calibration import answering_column
 from hf_scan.calibration.exit_table import exit_columns
@@ -371,6 +375,46 @@ def test_scores_of_any_type_are_compared_alike(model, images, dtype):
     together = model.predict_adaptive(images, **policy)
     alone = [model.predict_adaptive(image, **policy) for image in images.split(1)]
     assert torch.equal(together.exit_index, torch.cat([answer.exit_index for answer in alone]))
+
+
+class TensorMemory(TorchDispatchMode):
+    """The most bytes that tensors which are made while it is on hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("threshold", [math.nextafter(1, 0), 0.5])
+def test_exits_take_no_more_memory_than_the_plain_network_does(compiled, threshold):
+    """At the finest maps, where a head's are as large as the stage's. A few numbers for each image aside."""
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+    images = torch.rand(16, 3, 32, 32)
+
+    def peak(call):
+        call(images)
+        with TensorMemory() as memory:
+            call(images)
+        return memory.peak
+
+    with torch.inference_mode():
+        plain = peak(model.backbone)
+        if compiled:
+            model.compile_stages(backend="eager")
+        assert peak(partial(model.predict_adaptive, thresholds=[threshold] * 3)) <= 1.01 * plain
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
