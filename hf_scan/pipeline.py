@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import ImageClassificationPipeline
 
-from .adaptive import AdaptiveInferenceMixin
+from .adaptive import AdaptiveInferenceMixin, ExitConfig
 
 
 class ScanImageClassificationPipeline(ImageClassificationPipeline):
@@ -17,12 +17,16 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         adaptive (`bool`, *optional*):
             Whether to leave the network early; `False` answers with the deepest exit. Defaults to whether the model's
             exit configuration has thresholds. For a call or for all of them.
+        exit_config ([`ExitConfig`], *optional*):
+            Another operating point than `model.exit_config`, as text pipelines take a `generation_config`. For a call
+            or for all of them.
         return_exit (`bool`, *optional*, defaults to `False`):
             Whether to add to each label the `exit` that answered, from 0; `num_exits` stands for the ensemble.
         kwargs: As for [`~transformers.ImageClassificationPipeline`], such as `top_k`.
 
     Raises:
-        `ValueError`: if `adaptive` or `return_exit` is asked of a model without early exits or thresholds.
+        `ValueError`: if `adaptive`, `exit_config` or `return_exit` is asked of a model without early exits or
+            thresholds, or an `exit_config` of no adaptive answer.
 
     Example:
 
@@ -39,25 +43,39 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
     >>> answer = classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True)
     >>> answer[0]["exit"]
     0
+    >>> careful = ExitConfig(thresholds=[1.0, 1.0])
+    >>> classify(Image.new("RGB", (32, 32)), top_k=1, return_exit=True, exit_config=careful)[0]["exit"]  # the ensemble
+    3
     ```
     """
 
     def _sanitize_parameters(
-        self, adaptive: bool | None = None, return_exit: bool | None = None, **kwargs: Any
+        self,
+        adaptive: bool | None = None,
+        exit_config: ExitConfig | None = None,
+        return_exit: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if adaptive is not None:
             forward["adaptive"] = adaptive
+        if exit_config is not None:
+            forward["exit_config"] = exit_config
         if return_exit is not None:
             postprocess["return_exit"] = return_exit
         return preprocess, forward, postprocess
 
-    def _forward(self, model_inputs: Any, adaptive: bool | None = None) -> Any:
+    def _forward(self, model_inputs: Any, adaptive: bool | None = None, exit_config: ExitConfig | None = None) -> Any:
         has_exits = isinstance(self.model, AdaptiveInferenceMixin)
-        if adaptive and not has_exits:
-            raise ValueError(f"`adaptive` is {adaptive}, and a {type(self.model).__name__} has no early exits.")
-        if adaptive or (adaptive is None and has_exits and self.model.exit_config.thresholds is not None):
-            return self.model.predict_adaptive(model_inputs["pixel_values"])
+        if not has_exits and (adaptive or exit_config is not None):
+            asked = "exit_config" if adaptive is None else "adaptive"
+            raise ValueError(f"`{asked}` is given, and a {type(self.model).__name__} has no early exits.")
+        if adaptive is False and exit_config is not None:
+            raise ValueError("An `exit_config` is given and `adaptive` is False; give one of them.")
+        if adaptive is None:
+            adaptive = exit_config is not None or (has_exits and self.model.exit_config.thresholds is not None)
+        if adaptive:
+            return self.model.predict_adaptive(model_inputs["pixel_values"], exit_config=exit_config)
         return super()._forward(model_inputs)
 
     def postprocess(self, model_outputs: Any, return_exit: bool = False, **kwargs: Any) -> list[dict[str, Any]]:

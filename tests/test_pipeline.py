@@ -69,6 +69,21 @@ def test_can_be_turned_off(folder, pictures, expected, when):
     assert [row[0]["label"] for row in found] == [model.config.id2label[int(i)] for i in logits.argmax(-1)]
 
 
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_takes_another_operating_point(folder, pictures, expected, when):
+    model, pixel_values = expected
+    point = ExitConfig(thresholds=[0.5, None, 0.7], fallback="deepest")
+    answers = model.predict_adaptive(pixel_values, exit_config=point)
+    assert not torch.equal(answers.exit_index, model.predict_adaptive(pixel_values).exit_index)
+    made, called = ({"exit_config": point}, {}) if when == "made" else ({}, {"exit_config": point})
+    classify = pipeline("image-classification", model=str(folder), **made)
+    assert [row[0]["exit"] for row in classify(pictures, return_exit=True, **called)] == answers.exit_index.tolist()
+    with pytest.raises(ValueError, match="There are no thresholds"):
+        classify(pictures[0], exit_config=ExitConfig())
+    with pytest.raises(ValueError, match="An `exit_config` is given and `adaptive` is False"):
+        classify(pictures[0], exit_config=point, adaptive=False)
+
+
 def test_without_thresholds_the_deepest_exit_answers(folder, pictures, expected, tmp_path):
     plain = random_scan_model(image_size=32)
     plain.save_pretrained(tmp_path)
@@ -92,6 +107,8 @@ def test_other_models_are_left_alone(folder, pictures):
     assert classify(pictures[0])[0]["label"] == other.config.id2label[int(logits.argmax())]
     with pytest.raises(ValueError, match="a ResNetForImageClassification has no early exits"):
         classify(pictures[0], adaptive=True)
+    with pytest.raises(ValueError, match="`exit_config` is given, and a ResNetForImageClassification has no early"):
+        classify(pictures[0], exit_config=ExitConfig(thresholds=[0.9]))
 
 
 class Accuracy(evaluate.Metric):
