@@ -311,10 +311,10 @@ class ScanForImageClassification(AdaptiveStreamMixin, PreTrainedModel):
         the first batch size is compiled as it is, others for the few ranges of sizes that PyTorch divides them into,
         each when it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
 
-        On a CPU, heads are not compiled, which makes them slower: their batch norms are folded into their weights.
-        There, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch do the same with the stages and lay weights
-        out for the machine, which is worth more than all the rest. Call it when the weights are what they will be, and
-        anew when they change; training mode undoes it.
+        On a CPU, heads are not compiled, which makes them slower: they are reduced to their bare calls, with batch
+        norms folded into weights. There, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch do the same with
+        the stages and lay weights out for the machine, which is worth more than all the rest. Call it when the weights
+        are what they will be, and anew when they change; training mode undoes it.
 
         Args:
             kwargs: For `torch.compile`: `mode`, `backend` and so on.
