@@ -462,26 +462,33 @@ def engine_over_parts(model: ScanForImageClassification, batches: tuple[torch.Te
 NOTHING_LEAVES = math.nextafter(1.0, 0.0)
 
 
-def overhead(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """Time when every exit looks and nothing leaves, over that of the plain network. Random weights and images."""
+def overhead(backbone: str, rounds: int, compiles: bool) -> Iterator[dict[str, Any]]:
+    """Time when every exit looks and nothing leaves, over that of the plain network: neither compiled, and both.
+    Random weights and images."""
     model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=100)).eval()
     model.to(memory_format=torch.channels_last)
+    forms: dict[str, tuple[Callable[..., Any], ScanForImageClassification]] = {"": (model.backbone, model)}
+    if compiles:
+        fast = copy.deepcopy(model)
+        fast.compile_stages()
+        forms[", compiled"] = (torch.compile(copy.deepcopy(model.backbone)), fast)
     size = model.config.image_size
     policy = ExitConfig(thresholds=[NOTHING_LEAVES] * (model.num_exits - 1))
     for threads in THREADS:
         torch.set_num_threads(threads)
         for batch_size in (1, 64):
+            torch.compiler.reset()
             images = torch.rand(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+            calls = {}
+            for form, (plain, adaptive) in forms.items():
+                calls[f"plain{form}"] = partial(plain, images)
+                calls[f"adaptive{form}"] = partial(adaptive.predict_adaptive, images, policy)
             with torch.inference_mode():
-                calls = {
-                    "plain": partial(model.backbone, images),
-                    "adaptive": partial(model.predict_adaptive, images, policy),
-                }
                 seconds = interleaved_medians(calls, rounds, seconds_per_round=0.1)
-            yield {
-                "what": f"nothing leaves / plain, {backbone} at {size} pixels, {setting(threads, batch_size)}",
-                "value": seconds["adaptive"] / seconds["plain"],
-            }
+            for form in forms:
+                where = f"{backbone} at {size} pixels{form}, {setting(threads, batch_size)}"
+                value = seconds[f"adaptive{form}"] / seconds[f"plain{form}"]
+                yield {"what": f"nothing leaves / plain, {where}", "value": value}
 
 
 class TensorMemory(TorchDispatchMode):
@@ -595,7 +602,7 @@ def main(arguments: argparse.Namespace) -> None:
     if sys.platform == "linux":
         figures += extra_memory(arguments.model)
     for backbone in tqdm(arguments.overhead, desc="nothing leaves"):
-        figures += overhead(backbone, arguments.rounds)
+        figures += overhead(backbone, arguments.rounds, arguments.compile)
 
     torch.set_num_threads(max(THREADS))
     facts = {

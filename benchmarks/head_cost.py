@@ -4,6 +4,7 @@ every exit over the time of the plain backbone.
     python benchmarks/head_cost.py --threads 2 --output runs/head_cost.md
     python benchmarks/head_cost.py --no-time      # MACs and parameters only, nothing is computed
     python benchmarks/head_cost.py --forms        # milliseconds of each head: as it is, folded, and compiled
+    TORCHINDUCTOR_FREEZING=1 python benchmarks/head_cost.py --parts  # where one image's time goes if nothing leaves
 
 Random weights and random images of each network's default size; medians of interleaved rounds.
 """
@@ -11,16 +12,18 @@ Random weights and random images of each network's default size; medians of inte
 import argparse
 import copy
 import itertools
+import math
 import statistics
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hf_scan import ScanConfig, ScanForImageClassification
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs, describe_machine, interleaved_medians
 from hf_scan.exit_heads import FoldedHead
 
@@ -70,6 +73,40 @@ def forms(rounds: int) -> None:
                 print(f"| `{name}` | {batch_size} | {index} | {cells} |", flush=True)
 
 
+PARTS = ("plain", "cut into stages", "exits off", "decisions", "heads")
+
+
+def parts(name: str, rounds: int) -> dict[str, float]:
+    """The seconds that one image takes when every exit looks and it leaves at none, everything compiled: each entry
+    is of what the one before it does, and of one thing more."""
+    torch.compiler.reset()
+    model = ScanForImageClassification(ScanConfig(backbone=name)).eval().to(memory_format=torch.channels_last)
+    size, last = model.config.image_size, model.num_exits - 1
+    image = torch.randn(1, 3, size, size).to(memory_format=torch.channels_last)
+    plain = torch.compile(copy.deepcopy(model.backbone))
+    model.compile_stages()
+    looking = ExitConfig(thresholds=[math.nextafter(1.0, 0.0)] * last)
+    off = ExitConfig(thresholds=[None] * last, fallback="deepest")
+    known = torch.zeros(1, model.num_labels)
+    run_exit = model.run_exit
+
+    def stages() -> None:
+        state: tuple[Any, ...] = (image,)
+        for index in range(last + 1):
+            state = model.run_stage(index, state)
+        model.run_exit(last, state)
+
+    def decisions() -> None:
+        model.run_exit = lambda *args: run_exit(*args) if args[0] == last else known  # type: ignore[method-assign]
+        model.predict_adaptive(image, looking)
+        del model.run_exit
+
+    adaptive = partial(model.predict_adaptive, image)
+    calls = (partial(plain, image), stages, partial(adaptive, off), decisions, partial(adaptive, looking))
+    with torch.inference_mode():
+        return interleaved_medians(dict(zip(PARTS, calls)), rounds, seconds_per_round=0.1)
+
+
 def main(output: Path, rounds: int) -> None:
     warnings.simplefilter("ignore")
     header = ["backbone", "MACs", "parameters", "MACs, conv"] + ["time, batch 1", "time, batch 32"] * bool(rounds)
@@ -101,9 +138,18 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--forms", action="store_true", help="compare the forms of a head instead")
+    parser.add_argument(
+        "--parts", action="store_true", help="divide the time of one image that leaves nowhere instead"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.forms:
         forms(arguments.rounds)
+        sys.exit()
+    if arguments.parts:
+        print("| network | " + " | ".join(PARTS) + " |\n|---" + "|---:" * len(PARTS) + "|")
+        for name in ("cifar_resnet18", "resnet18", "resnet50"):
+            cells = " | ".join(f"{1000 * seconds:.3f}" for seconds in parts(name, arguments.rounds).values())
+            print(f"| `{name}` | {cells} |", flush=True)
         sys.exit()
     main(arguments.output, 0 if arguments.no_time else arguments.rounds)
