@@ -297,7 +297,6 @@ def _dense(layers: list[nn.Module]) -> list[nn.Module]:
             isinstance(layer, nn.Conv2d)
             and isinstance(depthwise, nn.Conv2d)
             and layer.kernel_size == (1, 1)
-            and depthwise.bias is None
             and depthwise.groups == depthwise.in_channels == depthwise.out_channels
             and layer.weight.numel() * depthwise.weight[0].numel() <= MAX_DENSE_WEIGHTS
         ):
