@@ -68,7 +68,7 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
     def _forward(self, model_inputs: Any, adaptive: bool | None = None, exit_config: ExitConfig | None = None) -> Any:
         has_exits = isinstance(self.model, AdaptiveInferenceMixin)
         if not has_exits and (adaptive or exit_config is not None):
-            asked = "exit_config" if adaptive is None else "adaptive"
+            asked = "adaptive" if adaptive else "exit_config"
             raise ValueError(f"`{asked}` is given, and a {type(self.model).__name__} has no early exits.")
         if adaptive is False and exit_config is not None:
             raise ValueError("An `exit_config` is given and `adaptive` is False; give one of them.")

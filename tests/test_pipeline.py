@@ -109,6 +109,8 @@ def test_other_models_are_left_alone(folder, pictures):
         classify(pictures[0], adaptive=True)
     with pytest.raises(ValueError, match="`exit_config` is given, and a ResNetForImageClassification has no early"):
         classify(pictures[0], exit_config=ExitConfig(thresholds=[0.9]))
+    with pytest.raises(ValueError, match="`exit_config` is given, and a ResNetForImageClassification has no early"):
+        classify(pictures[0], exit_config=ExitConfig(thresholds=[0.9]), adaptive=False)
 
 
 class Accuracy(evaluate.Metric):
