@@ -74,7 +74,7 @@ from hf_scan import (
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.costs import describe_machine, interleaved_medians
 from hf_scan.data import eval_transform
-from hf_scan.exit_criteria import confidence_of
+from hf_scan.model.exit_criteria import confidence_of
 
 
 BATCH_SIZES = (1, 8, 64)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_scan import ExitConfig, ScanForImageClassification
 from hf_scan.calibration import exact_frontier
-from hf_scan.exit_criteria import confidence_of
+from hf_scan.model.exit_criteria import confidence_of
 
 
 Answer = Callable[[torch.Tensor], torch.Tensor]  # images to logits, a batch at a time

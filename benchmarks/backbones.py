@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import hf_scan.cifar_backbones  # registers networks that are not timm's own
-from hf_scan.stages import cut_into_stages
+from hf_scan.model.stages import cut_into_stages
 
 
 def made(name: str) -> torch.nn.Module:

@@ -23,7 +23,7 @@ from quickstart import RECIPE, load_splits
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
 from hf_scan.costs import describe_machine
 from hf_scan.data import eval_transform, train_transform
-from hf_scan.image_processing_scan import create_image_processor
+from hf_scan.model.image_processing_scan import create_image_processor
 
 
 def accuracies(kind: str, seed: int, epochs: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs, describe_machine, interleaved_medians
-from hf_scan.exit_heads import FoldedHead
+from hf_scan.model.folded_heads import FoldedHead
 
 
 BACKBONES = """

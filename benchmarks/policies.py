@@ -40,8 +40,7 @@ from hf_scan.calibration import (
     oracle_policy,
     shared_threshold_frontier,
 )
-from hf_scan.calibration.prices import Prices
-from hf_scan.costs import describe_machine
+from hf_scan.costs import Prices, describe_machine
 
 
 DROPS = (0.0, 0.5, 1.0)  # points that may be lost on the part that chooses

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
-from hf_scan.baseline import plain_copy
 from hf_scan.costs import describe_machine, interleaved_medians
 from hf_scan.data import ImagesInMemory, SeededImages
-from hf_scan.image_processing_scan import create_image_processor
+from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.training.baseline import plain_copy
 
 
 BATCH_SIZE = 128

@@ -25,7 +25,6 @@ from train import DataArguments, load_splits, metadata, title
 from transformers import AutoImageProcessor, HfArgumentParser
 
 from hf_scan import ExitMonitor, RiskBound, ScanForImageClassification, apply_exit_rule, calibrate, measure_costs
-from hf_scan.adaptive import EXIT_CONFIG_NAME
 from hf_scan.calibration import (
     ExitTable,
     collect_exit_logits,
@@ -33,14 +32,14 @@ from hf_scan.calibration import (
     oracle_policy,
     shared_threshold_frontier,
 )
-from hf_scan.calibration.prices import Prices
-from hf_scan.costs import count_macs, describe_machine
+from hf_scan.costs import Prices, count_macs, describe_machine
 from hf_scan.data import eval_transform
-from hf_scan.folders import check_replaceable, replaced_folder
 from hf_scan.metrics import ScanAccuracy
-from hf_scan.model_card import create_model_card
-from hf_scan.plotting import plot_exit_shares, plot_frontier, plot_reliability
-from hf_scan.report import exit_report, exit_table
+from hf_scan.model.exit_config import EXIT_CONFIG_NAME
+from hf_scan.reporting.model_card import create_model_card
+from hf_scan.reporting.plotting import plot_exit_shares, plot_frontier, plot_reliability
+from hf_scan.reporting.report import exit_report, exit_table
+from hf_scan.training.output_dirs import check_replaceable, replaced_folder
 
 
 @dataclass

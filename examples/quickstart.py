@@ -23,14 +23,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 import hf_scan
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
-from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.costs import describe_machine, measure_costs, realised_speedup
 from hf_scan.data import eval_transform, split_off, train_transform
-from hf_scan.folders import check_replaceable, replaced_folder
-from hf_scan.image_processing_scan import create_image_processor
-from hf_scan.model_card import create_model_card
-from hf_scan.plotting import describe_answers, plot_answers, plot_attention
-from hf_scan.report import exit_report, exit_table, speedup_lines
+from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.reporting.model_card import create_model_card
+from hf_scan.reporting.plotting import describe_answers, plot_answers, plot_attention
+from hf_scan.reporting.report import exit_report, exit_table, speedup_lines
+from hf_scan.training.baseline import plain_accuracy, plain_copy
+from hf_scan.training.output_dirs import check_replaceable, replaced_folder
 
 
 SEED = 0

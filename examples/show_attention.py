@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import hf_scan  # noqa: F401  (the classes above know its checkpoints then)
-from hf_scan.plotting import plot_attention
+from hf_scan.reporting.plotting import plot_attention
 
 
 def main(model_name: str, images: list[Path], output: Path) -> None:

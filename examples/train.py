@@ -32,10 +32,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
-from hf_scan.baseline import plain_accuracy, plain_copy
 from hf_scan.calibration import ExitTable, collect_exit_logits, exit_frontier
-from hf_scan.calibration.prices import Prices
-from hf_scan.costs import describe_machine
+from hf_scan.costs import Prices, describe_machine
 from hf_scan.data import (
     DecodedRows,
     EpochCallback,
@@ -46,12 +44,13 @@ from hf_scan.data import (
     split_off,
     train_transform,
 )
-from hf_scan.folders import check_replaceable, last_whole_checkpoint, replaced_folder
-from hf_scan.image_processing_scan import create_image_processor
-from hf_scan.model_card import create_model_card
-from hf_scan.plotting import plot_frontier, plot_training
-from hf_scan.report import exit_report, exit_table, speedup_lines
-from hf_scan.stage_features import StageFeatures, extract_stage_features
+from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.reporting.model_card import create_model_card
+from hf_scan.reporting.plotting import plot_frontier, plot_training
+from hf_scan.reporting.report import exit_report, exit_table, speedup_lines
+from hf_scan.training.baseline import plain_accuracy, plain_copy
+from hf_scan.training.output_dirs import check_replaceable, last_whole_checkpoint, replaced_folder
+from hf_scan.training.stage_features import StageFeatures, extract_stage_features
 
 
 # What `Trainer` writes while it runs.

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .adaptive import AdaptiveOutput, ExitConfig, apply_exit_rule
-from .configuration_scan import ScanConfig
-from .modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
+from .model.configuration_scan import ScanConfig
+from .model.exit_config import ExitConfig
+from .model.exit_rule import AdaptiveOutput, apply_exit_rule
+from .model.modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
 from .pipeline import ScanImageClassificationPipeline
 
 
 if TYPE_CHECKING:
     from .calibration import RiskBound, calibrate, certify_thresholds
+    from .calibration.monitor import ExitMonitor
     from .costs import MeasuredCosts, measure_costs, predicted_speedup, realised_speedup
-    from .monitor import ExitMonitor
-    from .trainer import ScanTrainer
-    from .training_args import ScanTrainingArguments
+    from .training.trainer import ScanTrainer
+    from .training.training_args import ScanTrainingArguments
 
 __version__ = "0.1.0.dev0"
 
@@ -27,13 +28,13 @@ AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
 # Not by `register_pipeline`, which warns of a task that is there already.
 PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = ScanImageClassificationPipeline
 
-# Whoever only answers images does not wait for what trains and searches.
+# Imported lazily so that inference does not load training dependencies.
 _IMPORTED_WHEN_USED = {
-    "ExitMonitor": ".monitor",
+    "ExitMonitor": ".calibration.monitor",
     "MeasuredCosts": ".costs",
     "RiskBound": ".calibration",
-    "ScanTrainer": ".trainer",
-    "ScanTrainingArguments": ".training_args",
+    "ScanTrainer": ".training.trainer",
+    "ScanTrainingArguments": ".training.training_args",
     "calibrate": ".calibration",
     "certify_thresholds": ".calibration",
     "measure_costs": ".costs",

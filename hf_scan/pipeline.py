@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import ImageClassificationPipeline
 
-from .adaptive import AdaptiveInferenceMixin, ExitConfig
+from .model.adaptive import AdaptiveInferenceMixin
+from .model.exit_config import ExitConfig
 
 
 class ScanImageClassificationPipeline(ImageClassificationPipeline):
@@ -35,7 +36,7 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
     >>> from transformers import pipeline
 
     >>> from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
-    >>> from hf_scan.image_processing_scan import create_image_processor
+    >>> from hf_scan.model.image_processing_scan import create_image_processor
 
     >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
     >>> model.exit_config = ExitConfig(thresholds=[0.0, 0.0])

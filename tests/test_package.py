@@ -1,4 +1,6 @@
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from importlib.metadata import requires, version
@@ -10,43 +12,98 @@ import hf_scan
 
 
 PACKAGE = Path(hf_scan.__file__).parent
-# In the order in which they may import one another; a checkpoint can carry them.
-PORTABLE = [
-    "cifar_backbones",
-    "configuration_scan",
-    "stages",
-    "exit_heads",
-    "exit_criteria",
-    "hub_files",
-    "adaptive",
-    "adaptive_stream",
-    "image_processing_scan",
-    "modeling_scan",
-]
-BROUGHT = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# What a checkpoint with code may rely on.
+BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+# What the modules of each folder may import of the package, besides one another. CONTRIBUTING.md has the same table.
+ROOMS = {
+    "model": set(),
+    "data": set(),
+    "costs": {"model"},
+    "runtime": {"model", "data"},
+    "calibration": {"model", "data", "costs", "runtime"},
+    "metrics": {"model"},
+    "reporting": {"model", "data", "costs", "runtime", "calibration"},
+    "training": {"model", "data", "costs", "runtime", "calibration", "metrics", "reporting"},
+}
 
 
-@pytest.mark.parametrize("module", PORTABLE)
-def test_portable_modules_import_upwards_and_little(module):
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    # What is tried only, Transformers does not ask for.
-    tried = {child for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
+def imported_modules(path: Path, tree: ast.AST) -> list[str]:
+    """Full names of the package's modules that a module imports, wherever in it; of names, the module they are in."""
+    here = list(path.relative_to(PACKAGE.parent).parts[:-1])
+    found = []
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) + 1 - node.level] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = PACKAGE.parent.joinpath(*base.split("."), f"{alias.name}.py")
+                found.append(f"{base}.{alias.name}" if inner.is_file() else base)
+    return [name for name in found if name.split(".")[0] == "hf_scan"]
+
+
+def room_of(name: str) -> str | None:
+    """The folder a module lies in; None at the top of the package."""
+    parts = name.split(".")[1:]
+    return parts[0] if parts and PACKAGE.joinpath(parts[0]).is_dir() else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    room = room_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    if room is None:  # the top may import everything
+        return
+    above = {name for name in imported_modules(path, ast.parse(path.read_text())) if room_of(name) != room}
+    assert {room_of(name) for name in above} <= ROOMS[room], f"{path} imports {sorted(above)}"
+
+
+def test_every_room_is_in_the_table():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(ROOMS)
+    contributing = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    for room, below in ROOMS.items():
+        row = next(line for line in contributing.splitlines() if line.startswith(f"| `{room}/`"))
+        assert set(re.findall(r"`(\w+)/`", row.split("|")[-2])) == below, row
+
+
+def test_no_import_runs_in_a_circle():
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    edges = {
+        name: set(imported_modules(path, ast.parse(path.read_text()))) & set(names) for name, path in names.items()
+    }
+    # A folder's own list of names is read by others, never by the modules in it.
+    sorted_names = list(graphlib.TopologicalSorter(edges).static_order())  # raises `CycleError`
+    assert len(sorted_names) == len(names)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.stem)
+def test_what_travels_with_a_checkpoint_imports_siblings_and_little_else(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1
             # `from .x import y` is the one form in which Transformers sees that the file is needed.
-            assert node.module in PORTABLE[: PORTABLE.index(module)]
+            assert node.level == 1
+            assert node.module is not None
+            assert (path.parent / f"{node.module}.py").is_file()
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            roots = {name.split(".")[0] for name in names}
-            assert roots <= BROUGHT | set(sys.stdlib_module_names) | ({"hf_scan"} if node in tried else set())
+            assert {name.split(".")[0] for name in names} <= BROUGHT | set(sys.stdlib_module_names)
 
 
 def test_answering_does_not_wait_for_what_trains():
+    # Transformers itself imports Accelerate with its models where it is installed; `hf_scan` must not need it.
     code = (
-        "import sys, hf_scan; hf_scan.ScanForImageClassification; "
-        "print([m for m in ('datasets', 'evaluate', 'pygad', 'transformers.trainer') if m in sys.modules])"
+        "import sys; sys.modules['accelerate'] = None; import hf_scan; hf_scan.ScanForImageClassification; "
+        "late = ('datasets', 'evaluate', 'pygad', 'transformers.trainer'); "
+        "print([module for module in late if module in sys.modules])"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_metrics_do_not_load_the_search():
+    code = "import sys, hf_scan.metrics; print([name for name in ('pygad',) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

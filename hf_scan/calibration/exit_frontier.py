@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..adaptive import ExitConfig
+from ..model.exit_config import ExitConfig
 from .exit_table import ExitTable
 from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undominated
 

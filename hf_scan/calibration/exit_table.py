@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from ..adaptive import ExitConfig, fall_back
-from ..data import sample_digests, tensor_digests
-from ..exit_criteria import confidence_of
+from ..data.digests import sample_digests, tensor_digests
+from ..model.exit_config import ExitConfig
+from ..model.exit_rule import exit_columns
 
 
 if TYPE_CHECKING:
-    from ..modeling_scan import ScanForImageClassification
+    from ..model.modeling_scan import ScanForImageClassification
 
 
 @dataclass
@@ -120,38 +120,6 @@ class ExitTable:
             raise ValueError(
                 f"{path} is not a whole table of exit logits; write one with `ExitTable.save`. ({error})"
             ) from error
-
-
-def exit_columns(
-    exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run, or, where
-    that is the fallback, for the most confident of them.
-
-    Args:
-        exit_logits (`tuple[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
-        exit_config ([`ExitConfig`]): Says how exits are scored and which are off. Without thresholds, none is.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and scores, both `(batch_size, num_exits + 1)`.
-    """
-    thresholds = exit_config.thresholds or [0.0] * len(exit_logits)
-    deepest = len(exit_logits) - 1
-    seen: list[torch.Tensor] = []
-    exits: list[int] = []
-    scores = []
-    for index, logits in enumerate(exit_logits):
-        if index == deepest or thresholds[index] is not None:
-            seen.append(logits)
-            exits.append(index)
-            scores.append(exit_config.score(seen, exits))
-        else:
-            scores.append(confidence_of(logits))  # which nobody compares with anything
-    last = exit_config if exit_config.fallback == "most_confident" else exit_config.update(fallback="ensemble")
-    logits, _, confidence = fall_back(last, seen, exits, len(exit_logits))
-    predictions = torch.stack([answer.argmax(dim=-1) for answer in (*exit_logits, logits)], dim=1)
-    return predictions, torch.stack([*scores, confidence], dim=1)
 
 
 def collect_exit_logits(

@@ -1,37 +1,11 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """What thresholds give on cached scores."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-
-def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None] | np.ndarray) -> np.ndarray:
-    """
-    Which column answers each sample: the first whose confidence is above its threshold, else the last.
-
-    Args:
-        confidences (`np.ndarray` of shape `(n, columns)`): From shallow to deep; the last column's are not read.
-        thresholds (`np.ndarray` of shape `(..., columns)`): For any number of policies. `None`, NaN and 1.0 let
-            nothing go. The last column's is not read and may be left out.
-
-    Returns:
-        `np.ndarray` of shape `(..., n)`: column indices.
-    """
-    limits = np.array([np.inf if t is None else t for t in thresholds]) if isinstance(thresholds, list) else thresholds
-    limits = np.asarray(limits, dtype=np.float64)
-    free = confidences.shape[1] - 1
-    if limits.shape[-1] not in (free, free + 1):
-        raise ValueError(
-            f"There are {limits.shape[-1]} thresholds for {free + 1} columns; expected one each, or none for the last."
-        )
-    # From the last exit back to the first: the shallowest that passes has the last word. No array of all exits and
-    # policies is built.
-    answers = np.full((*limits.shape[:-1], len(confidences)), free, dtype=np.int64)
-    for column in reversed(range(free)):
-        answers[confidences[:, column] > limits[..., column, None]] = column
-    return answers
+from ..model.exit_rule import answering_column
 
 
 def evaluate_policies(

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import binom
 
-from ..adaptive import ExitConfig
-from ..data import shared_with
+from ..data.digests import shared_with
+from ..model.exit_config import ExitConfig
 from .exit_table import ExitTable
 
 
 if TYPE_CHECKING:
-    from ..modeling_scan import ScanForImageClassification
+    from ..model.modeling_scan import ScanForImageClassification
+
 
 # With fewer, one sample is ten points of accuracy and more.
 LEAST_SAMPLES = 10

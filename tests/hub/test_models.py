@@ -77,7 +77,7 @@ def check(target, model) -> None:
     assert torch.equal(exits, expected[1])
     assert thresholds == FIRST.thresholds
     assert crop == model.config.preprocessing["crop_pct"]
-    assert module == "hf_scan.modeling_scan"
+    assert module == "hf_scan.model.modeling_scan"
 
 
 def test_pushed_by_one_and_loaded_by_another(hub, checkpoint, tmp_path):

@@ -74,5 +74,5 @@ ScanForImageClassification.from_pretrained(sys.argv[1]).push_to_hub("alice/net",
     for one, other in zip(ours[:3], theirs[:3]):
         assert torch.equal(one, other)
     assert len(ours[2].unique()) > 1
-    assert ours[3] == "hf_scan.modeling_scan"  # where the package is, no other code runs
+    assert ours[3] == "hf_scan.model.modeling_scan"  # where the package is, no other code runs
     assert theirs[3].startswith("transformers_modules.")

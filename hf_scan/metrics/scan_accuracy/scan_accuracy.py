@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_scan.calibration.policy import answering_column
+from hf_scan.model.exit_rule import answering_column
 
 
 _CITATION = """\

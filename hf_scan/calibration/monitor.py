@@ -1,0 +1,249 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Whether images in use still leave where they left when thresholds were found: [`ExitMonitor`]."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest, chi2_contingency
+
+from ..model.exit_rule import AdaptiveOutput
+
+
+if TYPE_CHECKING:
+    from ..model.modeling_scan import ScanForImageClassification
+
+
+# A test by counts wants so many to be expected in each cell, of the smaller sample too.
+LEAST_IN_CELL = 5
+
+
+@dataclass(frozen=True)
+class Drift:
+    """
+    How far images in use are from those that thresholds were found on.
+
+    Args:
+        distance (`float`): Total variation distance of the two distributions over exits and confidences: the share of
+            images that would have to leave elsewhere, or more or less surely. Between samples of one kind it is not 0,
+            but shrinks with their size.
+        p_value (`float`): How likely two samples of one kind are at least as far apart, by the chi-squared test. For
+            one look at the counts; who looks often will see small ones by chance.
+        n (`int`): Images since the last reset.
+    """
+
+    distance: float
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """
+    How often the adaptive answer is another one than the deepest exit's, by shadow sampling.
+
+    Args:
+        rate (`float`): In [0, 1]; NaN while there are no samples.
+        low (`float`): Lower end of the exact binomial 95 % interval.
+        high (`float`): Its upper end.
+        n (`int`): Images that were also run to the end.
+    """
+
+    rate: float
+    low: float
+    high: float
+    n: int
+
+
+class ExitMonitor:
+    """
+    Answers images as `predict_adaptive` does, and keeps count of where they leave and how sure they are, against what
+    was seen when the thresholds were found. It needs no labels.
+
+    It is a collector of `prometheus_client`: `prometheus_client.REGISTRY.register(monitor)`.
+
+    Args:
+        model ([`ScanForImageClassification`]): With an exit configuration that [`calibrate`] made.
+        shadow_every (`int`, *optional*): Of so many images one also runs to the end, after its answer is known, to see
+            whether that is the deepest exit's. Defaults to none.
+
+    Raises:
+        `ValueError`: if the exit configuration holds no reference, or `shadow_every` is below 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ExitMonitor, ScanConfig, ScanForImageClassification, calibrate
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2)).eval()
+    >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(64)]
+    >>> model.exit_config = calibrate(model, images, max_accuracy_drop=0.5)
+    >>> monitor = ExitMonitor(model, shadow_every=4)
+    >>> answer = monitor.predict(torch.rand(8, 3, 32, 32))
+    >>> monitor.drift().n, monitor.disagreement().n
+    (8, 2)
+    ```
+    """
+
+    def __init__(self, model: "ScanForImageClassification", shadow_every: int | None = None) -> None:
+        reference = model.exit_config.reference
+        if reference is None:
+            raise ValueError(
+                "The exit configuration does not hold what was seen when its thresholds were found. Find them with "
+                "`calibrate`, whose result does."
+            )
+        if shadow_every is not None and shadow_every < 1:
+            raise ValueError(f"`shadow_every` is {shadow_every}; expected a whole number of at least 1, or None.")
+        self.model = model
+        self.shadow_every = shadow_every
+        self.reference = np.array(reference["counts"])
+        self._lock = threading.Lock()  # servers answer in several threads
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts counting anew."""
+        with self._lock:
+            self.counts = np.zeros_like(self.reference)
+            self._confidence_sums = np.zeros(len(self.reference))
+            self._shadowed = self._disagreeing = 0
+
+    def predict(self, pixel_values: torch.Tensor) -> AdaptiveOutput:
+        """
+        [`~AdaptiveInferenceMixin.predict_adaptive`], counted.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+
+        Returns:
+            [`AdaptiveOutput`]
+        """
+        answers = self.model.predict_adaptive(pixel_values)
+        self.update(answers, pixel_values)
+        return answers
+
+    def update(self, answers: AdaptiveOutput, pixel_values: torch.Tensor | None = None) -> None:
+        """
+        Counts answers that were given elsewhere, such as in a stream.
+
+        Args:
+            answers ([`AdaptiveOutput`]): By the model's own exit configuration.
+            pixel_values (`torch.Tensor`, *optional*): Their images, in the order of the answers, for shadow sampling.
+        """
+        counts = count_answers(answers, self.model.num_exits, self.reference.shape[1])
+        sums = np.bincount(
+            answers.exit_index.cpu().numpy(),
+            weights=answers.confidence.cpu().double().numpy(),
+            minlength=len(self.reference),
+        )
+        with self._lock:
+            first = int(self.counts.sum())
+            self.counts = self.counts + counts
+            self._confidence_sums = self._confidence_sums + sums
+        if self.shadow_every is None or pixel_values is None:
+            return
+        rows = torch.arange(len(pixel_values))[-first % self.shadow_every :: self.shadow_every]
+        if len(rows):
+            images = pixel_values[rows.to(pixel_values.device)].to(self.model.device, self.model.dtype)
+            with torch.inference_mode():
+                deepest = self.model.backbone(images).argmax(dim=-1).cpu()
+            differs = int((deepest != answers.logits.argmax(dim=-1).cpu()[rows]).sum())
+            with self._lock:
+                self._shadowed += len(rows)
+                self._disagreeing += differs
+
+    @property
+    def exit_shares(self) -> list[float]:
+        """Share of the images that each exit answered, and at last the ensemble, since the last reset."""
+        counts = self.counts
+        return (counts.sum(axis=1) / max(1, counts.sum())).tolist()
+
+    @property
+    def exit_shares_at_calibration(self) -> list[float]:
+        """The same, when the thresholds were found."""
+        return (self.reference.sum(axis=1) / self.reference.sum()).tolist()
+
+    def drift(self) -> Drift:
+        """Compares what was counted with what was seen when the thresholds were found."""
+        counts = self.counts
+        n = int(counts.sum())
+        if n == 0:
+            return Drift(distance=0.0, p_value=1.0, n=0)
+        both = np.stack([self.reference.ravel(), counts.ravel()])
+        shares = both / both.sum(axis=1, keepdims=True)
+        cells = _merged_cells(both)
+        p_value = float(chi2_contingency(cells).pvalue) if cells.shape[1] > 1 else 1.0
+        return Drift(distance=float(abs(shares[0] - shares[1]).sum() / 2), p_value=p_value, n=n)
+
+    def disagreement(self) -> Disagreement:
+        """What shadow sampling found so far."""
+        with self._lock:
+            differing, n = self._disagreeing, self._shadowed
+        if n == 0:
+            return Disagreement(rate=float("nan"), low=0.0, high=1.0, n=0)
+        interval = binomtest(differing, n).proportion_ci(0.95, method="exact")
+        return Disagreement(differing / n, float(interval.low), float(interval.high), n)
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics, for `prometheus_client`. Exits are labelled from 0; the last one is the ensemble."""
+        try:
+            from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        except ImportError as error:
+            raise ImportError("Metrics need prometheus_client; `pip install prometheus_client`.") from error
+        names = [str(index) for index in range(len(self.reference))]
+        answers = CounterMetricFamily("hf_scan_answers", "Images answered at an exit", labels=["exit"])
+        confidence = HistogramMetricFamily("hf_scan_confidence", "Confidence of the answers", labels=["exit"])
+        share = GaugeMetricFamily("hf_scan_calibration_exit_share", "Share answered at calibration", labels=["exit"])
+        with self._lock:
+            counts, sums, differing = self.counts, self._confidence_sums, self._disagreeing
+        edges = np.linspace(0, 1, counts.shape[1] + 1)[1:]
+        for name, row, total, expected in zip(names, counts, sums, self.exit_shares_at_calibration):
+            answers.add_metric([name], int(row.sum()))
+            buckets = [(f"{edge:g}", int(count)) for edge, count in zip(edges, row.cumsum())]
+            confidence.add_metric([name], [*buckets, ("+Inf", int(row.sum()))], float(total))
+            share.add_metric([name], expected)
+        yield from (answers, confidence, share)
+        drift, shadow = self.drift(), self.disagreement()
+        yield GaugeMetricFamily("hf_scan_drift_distance", "Total variation from calibration", value=drift.distance)
+        yield GaugeMetricFamily("hf_scan_drift_p_value", "Chi-squared test against calibration", value=drift.p_value)
+        yield CounterMetricFamily("hf_scan_shadow_samples", "Images also run to the end", value=shadow.n)
+        yield CounterMetricFamily("hf_scan_shadow_disagreements", "Of those, answered otherwise", value=differing)
+
+
+def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndarray:
+    """
+    How many answers each exit gave with which confidence.
+
+    Args:
+        answers ([`AdaptiveOutput`]): The answers.
+        num_exits (`int`): Exits of the network.
+        bins (`int`): Parts of equal width that confidences are counted in.
+
+    Returns:
+        `np.ndarray` of shape `(num_exits + 1, bins)`: the last row is the ensemble's.
+    """
+    bin_index = (answers.confidence.float().cpu() * bins).long().clamp(max=bins - 1)
+    cells = answers.exit_index.cpu() * bins + bin_index
+    return cells.bincount(minlength=(num_exits + 1) * bins).reshape(num_exits + 1, bins).numpy()
+
+
+def _merged_cells(both: np.ndarray) -> np.ndarray:
+    """Neighbours put together until each cell holds enough."""
+    smaller_share = both.sum(axis=1).min() / both.sum()
+    merged: list[np.ndarray] = []
+    current = np.zeros(2, dtype=both.dtype)
+    for cell in both.T:
+        current = current + cell
+        if current.sum() * smaller_share >= LEAST_IN_CELL:
+            merged.append(current)
+            current = np.zeros(2, dtype=both.dtype)
+    if not merged:
+        return current[:, None]
+    merged[-1] = merged[-1] + current
+    return np.stack(merged, axis=1)
+
+
+__all__ = ["Disagreement", "Drift", "ExitMonitor", "count_answers"]

@@ -1,0 +1,69 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Checks of what [`calibrate`] is asked for."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+
+from ..model.exit_config import ExitConfig
+from .certify import RiskBound, check_bound
+from .exit_table import ExitTable
+from .genetic import genetic_search
+from .splits import check_not_among
+
+
+def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> None:
+    """No split both chooses and certifies, now or the time before."""
+    certified_on = (config.guarantee or {}).get("fingerprint")
+    if tables[0].fingerprint == certified_on:
+        raise ValueError(
+            f"The {tables[0].split!r} split certified the thresholds that the model has; a search on it would undo "
+            "that. Search on other images, or set `model.exit_config.guarantee` aside first with "
+            "`model.exit_config.update(guarantee=None)`."
+        )
+    if given:
+        check_not_among(tables[1], config.searched_on, "Thresholds were searched")
+
+
+def _check_wish(
+    wish: dict[str, float],
+    latency: str,
+    guarantee: RiskBound | None,
+    certify_dataset: Any,
+    search_kwargs: dict[str, Any],
+) -> None:
+    if guarantee is not None:
+        check_bound(guarantee)
+    for name, value in wish.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise TypeError(f"`{name}` is {value!r}; expected a number.")
+    if len(wish) > 1:
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in wish)} are given; expected one wish at a time.")
+    if (wish or guarantee is not None) and search_kwargs:
+        raise TypeError(
+            f"{sorted(search_kwargs)} are for the genetic search, which is for when nothing is wished for."
+        )
+    if unknown := sorted(set(search_kwargs) - set(inspect.signature(genetic_search).parameters)):
+        raise TypeError(
+            f"`calibrate` knows no {unknown}; expected one of its wishes, or settings of `genetic_search`."
+        )
+    if certify_dataset is not None and guarantee is None:
+        raise ValueError(
+            "`certify_dataset` is given without a `guarantee`; pass one such as `RiskBound(max_drop=1.0)`."
+        )
+    if latency not in ("mean", "p95"):
+        raise ValueError(f"`latency` is {latency!r}; expected 'mean' or 'p95'.")
+    for name, value in wish.items():
+        if name == "min_accuracy" and not 0 < value <= 1:
+            raise ValueError(f"`min_accuracy` is {value}; expected a share in (0, 1], such as 0.95.")
+        if name == "max_accuracy_drop" and not -100 <= value <= 100:
+            raise ValueError(f"`max_accuracy_drop` is {value}; expected points, such as 0.5.")
+        if name in ("max_latency_ms", "max_macs", "speedup") and not 0 < value < float("inf"):
+            raise ValueError(f"`{name}` is {value}; expected a number above 0.")
+
+
+ACCURACY_WISHES = ("max_accuracy_drop", "min_accuracy")
+
+
+__all__ = ["ACCURACY_WISHES"]

@@ -1,0 +1,28 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Costs of stages and heads: multiplications counted, milliseconds measured, speed-ups predicted and realised."""
+
+from .cost_model import Prices
+from .measure import (
+    count_macs,
+    count_parameters,
+    describe_machine,
+    interleaved_medians,
+    measure_costs,
+    realised_speedup,
+)
+from .values import ExitCosts, MeasuredCosts, RealisedSpeedup, predicted_speedup
+
+
+__all__ = [
+    "ExitCosts",
+    "MeasuredCosts",
+    "Prices",
+    "RealisedSpeedup",
+    "count_macs",
+    "count_parameters",
+    "describe_machine",
+    "interleaved_medians",
+    "measure_costs",
+    "predicted_speedup",
+    "realised_speedup",
+]

@@ -1,0 +1,83 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What an answer costs: milliseconds where they were measured, MACs where not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..model.exit_config import ExitConfig
+from .measure import count_macs
+from .values import ExitCosts, MeasuredCosts
+
+
+if TYPE_CHECKING:
+    from ..model.modeling_scan import ScanForImageClassification
+
+
+@dataclass(frozen=True)
+class Prices:
+    """
+    What answers cost, in one unit.
+
+    Args:
+        costs ([`ExitCosts`]): Of each stage and head.
+        plain (`float`): Of the plain backbone.
+        unit (`str`): The unit in words.
+        images (`int`): How many images these costs are for.
+        measured ([`MeasuredCosts`], *optional*): Where the costs come from.
+    """
+
+    costs: ExitCosts
+    plain: float
+    unit: str
+    images: int = 1
+    measured: MeasuredCosts | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls, model: "ScanForImageClassification", batch_size: int = 1, macs: bool = False, milliseconds: bool = False
+    ) -> "Prices":
+        """
+        Milliseconds where they were measured, MACs where not.
+
+        Args:
+            model ([`ScanForImageClassification`]): With its exit configuration.
+            batch_size (`int`, *optional*, defaults to 1): Images at a time.
+            macs (`bool`, *optional*, defaults to `False`): Whether MACs are wanted in any case.
+            milliseconds (`bool`, *optional*, defaults to `False`): Whether milliseconds are.
+
+        Raises:
+            `ValueError`: if milliseconds are wanted and none were measured, or not at this batch size.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; expected a whole number of at least 1.")
+        if model.exit_config.costs is None and milliseconds:
+            raise ValueError(
+                "`max_latency_ms` needs to know how long the exits take here. Measure it: `model.exit_config = "
+                "model.exit_config.update(costs=measure_costs(model).to_dict())`."
+            )
+        if model.exit_config.costs is None or macs:
+            costs = count_macs(model)
+            return cls(costs, costs.plain, "MACs, computed")
+        measured = MeasuredCosts.from_dict(model.exit_config.costs)
+        measured.cumulative(batch_size=batch_size)  # refuses a size that was not measured
+        unit = f"milliseconds, measured in batches of {batch_size}: {measured.machine}, {measured.dtype}"
+        return cls(measured.milliseconds[batch_size], measured.plain[batch_size], unit, batch_size, measured)
+
+    def cumulative(self, exit_config: ExitConfig) -> np.ndarray:
+        """For one image, of each exit and the last answer, `(num_exits + 1,)`. Without thresholds, all heads run."""
+        known = exit_config if exit_config.thresholds is not None else None
+        return np.array(self.costs.cumulative(known)) / self.images
+
+    def mean(self, exit_config: ExitConfig, shares: Sequence[float]) -> float:
+        """For one image, when so many leave at each exit, and at last at none; in batches that shrink."""
+        if self.measured is not None and self.images > 1:
+            return self.measured.expected_milliseconds(shares, exit_config, self.images)
+        return float(self.cumulative(exit_config) @ np.asarray(shares))
+
+    @property
+    def plain_image(self) -> float:
+        """The plain backbone's for one image."""
+        return self.plain / self.images

@@ -1,0 +1,319 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What each stage and each head costs: multiplications and parameters counted, milliseconds measured, and what early
+exits are worth in these terms."""
+
+import copy
+import math
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from timeit import timeit
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import benchmark
+from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
+
+from ..model.adaptive import check_eval_mode
+from ..model.exit_criteria import confidence_of
+from ..model.exit_rule import AdaptiveOutput
+from .values import ExitCosts, MeasuredCosts, RealisedSpeedup
+
+
+if TYPE_CHECKING:
+    from ..model.modeling_scan import ScanForImageClassification
+
+
+def count_macs(model: "ScanForImageClassification") -> ExitCosts:
+    """
+    Counts the MACs of one image of `config.image_size` with PyTorch's flop counter: convolutions and matrix products,
+    two flops each.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network, on any device.
+
+    Returns:
+        [`ExitCosts`]
+
+    Example:
+
+    ```python
+    >>> from hf_scan import ScanConfig, ScanForImageClassification
+    >>> from hf_scan.costs import count_macs
+
+    >>> costs = count_macs(ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)))
+    >>> round(costs.plain / 1e6, 1)
+    40.8
+    ```
+    """
+
+    def counted(part: Callable[..., Any], index: int, state: tuple[Any, ...]) -> tuple[int, Any]:
+        with FlopCounterMode(display=False) as counter:
+            output = part(index, state)
+        return counter.get_total_flops() // 2, output
+
+    state: tuple[Any, ...] = (_example(model, 1, torch.zeros),)
+    stages: list[float] = []
+    heads: list[float] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for index in range(model.num_exits):
+                macs, state = counted(model.run_stage, index, state)
+                stages.append(macs)
+                heads.append(counted(model.run_exit, index, state)[0])
+    finally:
+        model.train(was_training)
+    return ExitCosts(stages, heads)
+
+
+def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
+    """
+    Counts the parameters of each stage and head; one that several stages use, with the first of them. Of an exit head,
+    those that it answers with: the projection of its feature for the hint is for training.
+    """
+    left = dict(model.backbone.named_parameters())
+    stages: list[float] = []
+    for stage in model.stages:
+        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
+        stages.append(sum(left.pop(name).numel() for name in used))
+    heads: list[float] = [
+        sum(
+            parameter.numel() for name, parameter in head.named_parameters() if not name.startswith("hint_projection.")
+        )
+        for head in model.exit_heads
+    ]
+    if not model.config.truncated:
+        heads.append(sum(parameter.numel() for parameter in left.values()))
+    return ExitCosts(stages, heads)
+
+
+def measure_costs(
+    model: "ScanForImageClassification",
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+    rounds: int = 7,
+) -> MeasuredCosts:
+    """
+    Measures what each stage and each head costs on this machine, at the given batch size and at the powers of two
+    below it, since a batch shrinks as images leave. The parts are timed on their way through the network, one after
+    another as they really run, because each finds the caches as the part before left them; a head with the decision
+    that its answer is for; the plain backbone in turns with them.
+
+    Args:
+        model ([`ScanForImageClassification`]): In evaluation mode, in the memory format that it is used in.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time.
+        dtype (`torch.dtype`, *optional*): Numbers to compute with. Defaults to the model's.
+        threads (`int`, *optional*): Threads to compute with, on a CPU. Defaults to PyTorch's current number.
+        device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
+            device, or with another `dtype`, a copy is measured, whose stages are not compiled.
+        rounds (`int`, *optional*, defaults to 7): Times that each batch size is measured, for at least 50
+            milliseconds each.
+
+    Returns:
+        [`MeasuredCosts`]. `model.exit_config = model.exit_config.update(costs=costs.to_dict())` has them saved with
+        the model.
+
+    Raises:
+        `ValueError`: if the model is in training mode, or `batch_size`, `threads` or `rounds` are below 1.
+
+    Example:
+
+    ```python
+    >>> from hf_scan import ScanConfig, ScanForImageClassification, measure_costs, predicted_speedup
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+    >>> costs = measure_costs(model, batch_size=4, rounds=3)
+    >>> sorted(costs.milliseconds)
+    [1, 2, 4]
+    >>> half_leave_at_once = predicted_speedup(costs, shares=[0.5, 0.0, 0.0, 0.5])
+    ```
+    """
+    check_eval_mode(model)
+    for name, value in {"batch_size": batch_size, "threads": threads, "rounds": rounds}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+    device = torch.device(device or model.device)
+    elsewhere = device.type != model.device.type or device.index not in (None, model.device.index)
+    if elsewhere or dtype not in (None, model.dtype):
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    sizes = sorted({batch_size, *(2**power for power in range(batch_size.bit_length()))})
+    times: dict[int, list[list[float]]] = {size: [] for size in sizes}  # each part's and the backbone's, in seconds
+    batches = {size: _example(model, size, torch.rand) for size in sizes}
+
+    with benchmark.set_torch_threads(threads or torch.get_num_threads()), torch.inference_mode():
+        repeats = {}
+        for size, images in batches.items():
+            _time_parts(model, images)  # warms up
+            repeats[size] = math.ceil(0.05 / sum(_time_parts(model, images)))
+        with logging.tqdm(total=rounds * len(sizes), desc="Measuring the exits' costs", leave=False) as bar:
+            for _ in range(rounds):
+                for size, images in batches.items():
+                    times[size] += [_time_parts(model, images) for _ in range(repeats[size])]
+                    bar.update()
+        machine = describe_machine(device)
+        threads = torch.get_num_threads()
+
+    task = benchmark.TaskSpec("", "", num_threads=threads)
+    measured = {
+        size: [benchmark.Measurement(1, list(raw), task) for raw in zip(*passes)] for size, passes in times.items()
+    }
+
+    def of_parts(statistic: str) -> dict[int, ExitCosts]:
+        values = {size: [1000 * getattr(part, statistic) for part in parts] for size, parts in measured.items()}
+        return {size: ExitCosts(every[:-1:2], every[1:-1:2]) for size, every in values.items()}
+
+    return MeasuredCosts(
+        macs=count_macs(model),
+        parameters=count_parameters(model),
+        milliseconds=of_parts("median"),
+        spread=of_parts("iqr"),
+        plain={size: 1000 * parts[-1].median for size, parts in measured.items()},
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=threads,
+        machine=machine,
+    )
+
+
+def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
+    """Seconds of each stage and its head, in their order, and of the plain network."""
+    state: tuple[Any, ...] = (images,)
+    seconds = []
+    for index in range(model.num_exits):
+        start = timer()
+        state = model.run_stage(index, state)
+        middle = timer()
+        confidence = confidence_of(model.run_exit(index, state))
+        int((confidence > 0.5).sum())  # what it takes to decide who leaves
+        seconds += [middle - start, timer() - middle]
+    start = timer()
+    _plain(model)(images)
+    return [*seconds, timer() - start]
+
+
+def _plain(model: "ScanForImageClassification") -> Callable[[torch.Tensor], object]:
+    """The network without early exits. Of a truncated one, nothing else is left than itself."""
+    return model if model.config.truncated else model.backbone
+
+
+def realised_speedup(
+    model: "ScanForImageClassification",
+    images: torch.Tensor,
+    batch_size: int = 1,
+    plain: Callable[[torch.Tensor], object] | None = None,
+    refilled: bool = False,
+    rounds: int = 7,
+) -> RealisedSpeedup:
+    """
+    Measures adaptive inference against the plain backbone, on real images, in turns, as medians over rounds.
+
+    Args:
+        model ([`ScanForImageClassification`]): In evaluation mode, with an exit configuration.
+        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
+            format; each round runs all of them.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time.
+        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`.
+        refilled (`bool`, *optional*, defaults to `False`): Whether to measure `predict_adaptive_stream` rather than
+            `predict_adaptive`.
+        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+
+    Returns:
+        [`RealisedSpeedup`]
+    """
+    batches = images.split(batch_size)
+    network = plain or _plain(model)
+
+    def answers() -> list[AdaptiveOutput]:
+        if refilled:
+            return list(model.predict_adaptive_stream(batches, batch_size=batch_size))
+        return [model.predict_adaptive(batch) for batch in batches]
+
+    def run_plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                network(batch)
+
+    seconds = interleaved_medians({"plain": run_plain, "adaptive": answers}, rounds=rounds, seconds_per_round=0.0)
+    # What answers with the most confident of all exits has left at none of them.
+    leaving = model.exit_config.update(fallback="ensemble")
+    exits = torch.cat([model.predict_adaptive(batch, leaving).exit_index for batch in batches])
+    return RealisedSpeedup(
+        batch_size=batch_size,
+        refilled=refilled,
+        plain=1000 * seconds["plain"] / len(images),
+        adaptive=1000 * seconds["adaptive"] / len(images),
+        shares=(exits.bincount(minlength=model.num_exits + 1) / len(images)).tolist(),
+    )
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 7, seconds_per_round: float = 0.2
+) -> dict[str, float]:
+    """
+    Median seconds of several calls, measured in turns, so that a machine that slows down does so for all of them.
+
+    Args:
+        calls (`Mapping[str, Callable]`): What to time, by name.
+        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+        seconds_per_round (`float`, *optional*, defaults to 0.2): How long each measurement takes at least; a call is
+            repeated to fill it.
+
+    Returns:
+        `dict[str, float]`: seconds for one call, by name.
+    """
+
+    def seconds(call: Callable[[], object], repeats: int) -> float:
+        return timeit(call, number=repeats, timer=timer) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        seconds(call, 2)  # warms up
+        repeats[name] = max(1, math.ceil(seconds_per_round / seconds(call, 2)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def describe_machine(device: torch.device | str = "cpu") -> str:
+    """The machine in words, for figures that were measured on it."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    return f"{cpu}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+def _example(model: "ScanForImageClassification", batch_size: int, fill: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Images as the model takes them: of its size and type, on its device and in its memory format."""
+    size = model.config.image_size
+    assert size is not None  # the network filled it in
+    images = fill(batch_size, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
+    channels_last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
+    return images.to(memory_format=torch.channels_last) if channels_last else images
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+__all__ = [
+    "count_macs",
+    "count_parameters",
+    "describe_machine",
+    "interleaved_medians",
+    "measure_costs",
+    "realised_speedup",
+]

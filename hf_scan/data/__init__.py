@@ -1,0 +1,24 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""From images to `pixel_values`: columns, splits, transforms and digests."""
+
+from .columns import prepare_columns, split_off
+from .datasets import DecodedRows, EpochCallback, ImagesInMemory, SeededImages
+from .digests import digests_as_text, sample_digests, shared_with, some_digests, tensor_digests
+from .transforms import eval_transform, train_transform
+
+
+__all__ = [
+    "DecodedRows",
+    "EpochCallback",
+    "ImagesInMemory",
+    "SeededImages",
+    "digests_as_text",
+    "eval_transform",
+    "prepare_columns",
+    "sample_digests",
+    "shared_with",
+    "some_digests",
+    "split_off",
+    "tensor_digests",
+    "train_transform",
+]

@@ -1,0 +1,100 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training and for use."""
+
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+
+
+def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:
+    """
+    Renames the two columns to `image` and `labels`, drops the others, and makes labels class indices.
+
+    Args:
+        dataset (`datasets.DatasetDict`): Any image classification dataset.
+        image_column (`str`): Name of the column of images.
+        label_column (`str`): Name of the column of classes: a `ClassLabel`, numbers or strings.
+
+    Raises:
+        `ValueError`: if a column is missing or of another kind, rows have no label, the first split holds fewer than
+            two classes, or splits differ in their classes.
+    """
+    if image_column == label_column:
+        raise ValueError(f"`image_column` and `label_column` are both {image_column!r}; expected two columns.")
+    for split, rows in dataset.items():
+        if len(rows) == 0:
+            raise ValueError(f"The {split!r} split is empty; expected images. Choose another split.")
+        for name, kind in ((image_column, "image"), (label_column, "label")):
+            if name not in rows.column_names:
+                raise ValueError(
+                    f"The {split!r} split has no column {name!r}; it has {rows.column_names}. Name the right one with "
+                    f"`--{kind}_column`."
+                )
+        if not isinstance(rows.features[image_column], Image):
+            raise ValueError(
+                f"Column {image_column!r} of the {split!r} split holds {rows.features[image_column]}; expected "
+                "images. Name the right one with `--image_column`, or cast it to `datasets.Image`."
+            )
+        feature = rows.features[label_column]
+        if not isinstance(feature, (ClassLabel, Value)) or feature.dtype.startswith(("float", "double")):
+            raise ValueError(
+                f"Column {label_column!r} of the {split!r} split holds {feature}; expected classes, as whole numbers "
+                "or strings. Name the right one with `--label_column`."
+            )
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
+    first = next(iter(dataset.values()))
+    values = {split: rows.unique("labels") for split, rows in dataset.items()}
+    for split, found in values.items():
+        named = isinstance(dataset[split].features["labels"], ClassLabel)
+        if None in found or (named and -1 in found):
+            raise ValueError(
+                f"Column {label_column!r} of the {split!r} split has rows without a label (None, or -1 where classes "
+                "have names). Remove them."
+            )
+        if (named or isinstance(first.features["labels"], ClassLabel)) and (
+            dataset[split].features["labels"] != first.features["labels"]
+        ):
+            raise ValueError(
+                f"Column {label_column!r} holds {first.features['labels']} in one split and "
+                f"{dataset[split].features['labels']} in {split!r}; expected the same classes, in the same order."
+            )
+    seen = next(iter(values.values()))
+    if len(seen) < 2:
+        raise ValueError(
+            f"Column {label_column!r} holds {len(seen)} class, {seen}; a classifier needs at least two. Name the "
+            "right column with `--label_column`."
+        )
+    if not isinstance(first.features["labels"], ClassLabel):
+        classes = sorted({label for found in values.values() for label in found})  # numbers as numbers
+        index = {label: position for position, label in enumerate(classes)}
+        dataset = dataset.map(lambda row: {"labels": index[row["labels"]]}).cast_column(
+            "labels", ClassLabel(names=[str(label) for label in classes])
+        )
+    return dataset
+
+
+def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Takes a share of a split away, with the same mix of classes, so that thresholds are searched on images that
+    training never sees.
+
+    Args:
+        dataset (`datasets.Dataset`): With a column `labels`, as [`prepare_columns`] makes it.
+        share (`float`): Between 0 and 1.
+        seed (`int`): The same seed takes the same images.
+
+    Returns:
+        `tuple[datasets.Dataset, datasets.Dataset]`: what is left, and what was taken.
+
+    Raises:
+        `ValueError`: if the share is not between 0 and 1, or too small or large for the classes there are.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"The share of images to split off is {share}; expected a number between 0 and 1.")
+    try:
+        parts = dataset.train_test_split(share, seed=seed, stratify_by_column="labels")
+    except ValueError as error:
+        raise ValueError(
+            f"A share of {share} of {len(dataset)} images cannot be split off with the same mix of classes: {error} "
+            "Use more images or another share."
+        ) from error
+    return parts["train"], parts["test"]

@@ -1,0 +1,167 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Datasets that hold decoded images or augment them reproducibly."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+from transformers import (
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .transforms import _erase, _further, _random_crop, _resize, _size
+
+
+class ImagesInMemory(TorchDataset):
+    """
+    A split to train on, decoded once and held in memory as bytes, augmented by the batch: what [`train_transform`]
+    does, without its time for each image. On a `device`, images stay and are augmented there.
+
+    It is for images that are all as large once the shorter edge is resized, as those of CIFAR are, and that fit.
+    Leave `dataloader_num_workers` at 0, where there is nothing to wait for, unless `auto_augment` is used, which goes
+    from image to image; and `dataloader_pin_memory` off where images are on a device.
+
+    Args:
+        rows (`datasets.Dataset`): With columns `image` and `labels`, as [`prepare_columns`] makes them.
+        processor, crop, flip, auto_augment, erase: As for [`train_transform`]; `crop` is `"pad"` or `"none"`.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the images are.
+
+    Raises:
+        `ValueError`: if the images are not of one size, or `crop` is `"resized"`, which needs them as they were.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        processor: BaseImageProcessor,
+        crop: str = "pad",
+        flip: bool = True,
+        auto_augment: str = "none",
+        erase: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if crop not in ("pad", "none"):
+            raise ValueError(f"`crop` is {crop!r}; images in memory are cropped as 'pad' or 'none'.")
+        size = _size(processor)
+        decode = v2.Compose([v2.RGB(), *_resize(processor, crop), v2.PILToTensor()])
+        images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        for index, row in enumerate(tqdm(rows, desc="decoding images", leave=False)):
+            image = decode(row["image"])
+            if image.shape[1:] != (size, size):
+                raise ValueError(
+                    f"Image {index} is {tuple(image.shape[1:])} pixels once resized; images in memory are squares of "
+                    f"{size}. Use `train_transform`."
+                )
+            images[index] = image
+        self.rows = rows
+        self.images = images.to(device)
+        self.labels = list(rows["labels"])
+        self.flip = flip
+        self.padding = size // 8 if crop == "pad" else 0
+        self.further = v2.Compose(steps) if (steps := _further(auto_augment)) else None
+        self.erase = v2.Compose(steps) if (steps := _erase(erase)) else None
+        self.normalize = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A batch of rows, as PyTorch's loaders ask for it."""
+        images = self.images[torch.tensor(indices, device=self.images.device)]
+        # torchvision's own would move all images of a batch by the same random amount.
+        if self.padding:
+            images = _random_crop(images, self.padding)
+        if self.flip:
+            mirrored = torch.rand(len(images), device=images.device) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if self.further is not None:
+            images = torch.stack([self.further(image) for image in images])
+        images = self.normalize(images)
+        if self.erase is not None:
+            images = torch.stack([self.erase(image) for image in images])
+        return [{"pixel_values": image, "labels": self.labels[index]} for image, index in zip(images, indices)]
+
+
+class DecodedRows(list[dict[str, Any]]):
+    """
+    All rows of a dataset, transformed once and kept.
+
+    Args:
+        rows (`datasets.Dataset`): With a transform that draws nothing at random.
+        split (`str`): What the progress bar calls it.
+    """
+
+    def __init__(self, rows: Dataset, split: str) -> None:
+        super().__init__(tqdm(rows, desc=f"decoding the {split} split", leave=False))
+        self.rows = rows
+
+
+class SeededImages(TorchDataset):
+    """
+    A dataset that augments, with the randomness of each batch drawn from a seed, the epoch and the rows in it. So a
+    run that was interrupted goes on with the images that it would have seen, which the loaders' reading ahead prevents
+    otherwise, whatever the number of workers and processes. [`EpochCallback`] tells it the epoch; [`ScanTrainer`] adds
+    it by itself.
+
+    Args:
+        rows (`datasets.Dataset` or [`ImagesInMemory`]): With a transform that draws from PyTorch's generators.
+        seed (`int`): The run's.
+    """
+
+    def __init__(self, rows: Any, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A batch of rows, as PyTorch's loaders ask for it."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(hash((self.seed, self.epoch, *indices)) % 2**63)
+            return self.rows.__getitems__(indices)
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells a dataset the epoch, for a `Trainer`. Accelerate's loaders do so only in one process that was not resumed.
+
+    Args:
+        dataset ([`SeededImages`]): The train split.
+    """
+
+    def __init__(self, dataset: SeededImages) -> None:
+        self.dataset = dataset
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        if args.dataloader_persistent_workers and args.dataloader_num_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers` is set: such workers keep the first epoch's copy of the dataset, and "
+                "would augment every epoch alike. Leave it out."
+            )
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+__all__ = ["DecodedRows", "EpochCallback", "ImagesInMemory", "SeededImages"]

@@ -1,0 +1,172 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""The exit rule: which exit answers a sample, given its logits. The only definition of it."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.utils import ModelOutput
+
+from .exit_config import ExitConfig
+from .exit_criteria import confidence_of
+
+
+@dataclass
+class AdaptiveOutput(ModelOutput):
+    """
+    What [`~AdaptiveInferenceMixin.predict_adaptive`] returns.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Each sample's answer.
+        exit_index (`torch.LongTensor` of shape `(batch_size,)`): The exit that gave it, from 0; `num_exits` where the
+            ensemble did.
+        confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability, at its
+            exit's temperature.
+        ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Which images these are, where they come from a
+            stream.
+    """
+
+    # Never None; a ModelOutput wants defaults.
+    logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_index: torch.Tensor = None  # type: ignore[assignment]
+    confidence: torch.Tensor = None  # type: ignore[assignment]
+    ids: torch.Tensor | None = None
+
+
+def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig) -> AdaptiveOutput:
+    """
+    The exit rule on logits that are all known: the answers that [`~AdaptiveInferenceMixin.predict_adaptive`] gives
+    without computing them all. For scoring and for search; it saves no time.
+
+    Args:
+        exit_logits (`Sequence[torch.Tensor]`): One tensor per exit of shape `(batch_size, num_labels)`.
+        exit_config ([`ExitConfig`]): The thresholds and the fallback.
+
+    Returns:
+        [`AdaptiveOutput`]
+    """
+    num_exits = len(exit_logits)
+    plan = plan_exits(exit_config, num_exits)
+    ran = [index for index, (runs, _) in enumerate(plan) if runs]
+    logits, exit_index, confidence = fall_back(exit_config, [exit_logits[index] for index in ran], ran, num_exits)
+    for position, index in reversed(list(enumerate(ran))):
+        limit = plan[index][1]
+        if limit is not None:
+            exits = ran[: position + 1]
+            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > limit
+            logits = torch.where(leaves[:, None], exit_logits[index], logits)
+            exit_index = exit_index.masked_fill(leaves, index)
+            confidence = torch.where(leaves, confidence_of(exit_config.scaled(exit_logits[index], index)), confidence)
+    return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
+
+
+def fall_back(
+    exit_config: ExitConfig, seen: Sequence[torch.Tensor], exits: Sequence[int], num_exits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, exit and confidence of samples that no exit was sure about, from the logits of those that ran."""
+    if exit_config.fallback == "ensemble":
+        logits = torch.stack(list(seen)).mean(dim=0)
+        return logits, torch.full(logits.shape[:1], num_exits, device=logits.device), confidence_of(logits)
+    if exit_config.fallback == "deepest":
+        logits, last = seen[-1], exits[-1]
+        exit_index = torch.full(logits.shape[:1], last, device=logits.device)
+        return logits, exit_index, confidence_of(exit_config.scaled(logits, last))
+    confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
+    best = confidences.argmax(dim=0)
+    logits = torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
+    return logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0)
+
+
+def plan_exits(
+    exit_config: ExitConfig, num_exits: int, max_exit: int | None = None, every_head: bool = False
+) -> list[tuple[bool, float | None]]:
+    """
+    For each exit that can be reached, whether its head runs, and the score above which a sample leaves there, if any
+    can.
+
+    Args:
+        exit_config ([`ExitConfig`]): The thresholds and the fallback.
+        num_exits (`int`): How many exits the network has.
+        max_exit (`int`, *optional*): The exit at which everything that is left is answered by the fallback.
+        every_head (`bool`, *optional*, defaults to `False`): Whether to run heads that nothing can leave at, so that
+            there is an answer at any time. Exits that are switched off stay off.
+    """
+    last = num_exits - 1 if max_exit is None else max_exit
+    if not 0 <= last < num_exits:
+        raise ValueError(f"`max_exit` is {max_exit}; expected an exit from 0 to {num_exits - 1}, or None.")
+    plan: list[tuple[bool, float | None]] = []
+    # Scores are float32. Rounded to it, a threshold compares with them alike as a tensor and as a number.
+    for index, threshold in enumerate(exit_config.resolve(num_exits)[: last + 1]):
+        decides = threshold is not None and threshold < 1 and not (index == last and exit_config.fallback == "deepest")
+        runs = index == last or (threshold is not None and (decides or exit_config.needs_history or every_head))
+        plan.append((runs, _as_float32(threshold) if decides else None))
+    return plan
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_float32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
+def exit_columns(
+    exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run, or, where
+    that is the fallback, for the most confident of them.
+
+    Args:
+        exit_logits (`tuple[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
+        exit_config ([`ExitConfig`]): Says how exits are scored and which are off. Without thresholds, none is.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and scores, both `(batch_size, num_exits + 1)`.
+    """
+    thresholds = exit_config.thresholds or [0.0] * len(exit_logits)
+    deepest = len(exit_logits) - 1
+    seen: list[torch.Tensor] = []
+    exits: list[int] = []
+    scores = []
+    for index, logits in enumerate(exit_logits):
+        if index == deepest or thresholds[index] is not None:
+            seen.append(logits)
+            exits.append(index)
+            scores.append(exit_config.score(seen, exits))
+        else:
+            scores.append(confidence_of(logits))  # which nobody compares with anything
+    last = exit_config if exit_config.fallback == "most_confident" else exit_config.update(fallback="ensemble")
+    logits, _, confidence = fall_back(last, seen, exits, len(exit_logits))
+    predictions = torch.stack([answer.argmax(dim=-1) for answer in (*exit_logits, logits)], dim=1)
+    return predictions, torch.stack([*scores, confidence], dim=1)
+
+
+def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    """
+    Which column answers each sample: the first whose confidence is above its threshold, else the last.
+
+    Args:
+        confidences (`np.ndarray` of shape `(n, columns)`): From shallow to deep; the last column's are not read.
+        thresholds (`np.ndarray` of shape `(..., columns)`): For any number of policies. `None`, NaN and 1.0 let
+            nothing go. The last column's is not read and may be left out.
+
+    Returns:
+        `np.ndarray` of shape `(..., n)`: column indices.
+    """
+    limits = np.array([np.inf if t is None else t for t in thresholds]) if isinstance(thresholds, list) else thresholds
+    limits = np.asarray(limits, dtype=np.float64)
+    free = confidences.shape[1] - 1
+    if limits.shape[-1] not in (free, free + 1):
+        raise ValueError(
+            f"There are {limits.shape[-1]} thresholds for {free + 1} columns; expected one each, or none for the last."
+        )
+    # From the last exit back to the first: the shallowest that passes has the last word. No array of all exits and
+    # policies is built.
+    answers = np.full((*limits.shape[:-1], len(confidences)), free, dtype=np.int64)
+    for column in reversed(range(free)):
+        answers[confidences[:, column] > limits[..., column, None]] = column
+    return answers
+
+
+__all__ = ["AdaptiveOutput", "answering_column", "apply_exit_rule", "exit_columns", "fall_back", "plan_exits"]

@@ -1,0 +1,462 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""The network: a timm backbone with early exits, as a model of Transformers."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+
+from .adaptive_stream import AdaptiveStreamMixin
+from .backbone import create_backbone, timm_preprocessing
+from .configuration_scan import ScanConfig
+from .exit_config import ExitConfig
+from .exit_heads import ExitHead
+from .folded_heads import FoldedHead
+from .hub_mixin import HubMixin
+from .stages import Stage, cut_into_stages, keep_parts
+from .timm_conversion import TimmConversionMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ScanImageClassifierOutput(ModelOutput):
+    """
+    What a [`ScanForImageClassification`] returns.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Sum over the exits of the cross-entropy.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): The deepest exit's.
+        exit_logits (`tuple[torch.FloatTensor]`): One of the same shape per exit, from shallow to deep.
+        ensemble_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Mean over the exits.
+        exit_features (`tuple[torch.FloatTensor]`, *optional*, returned when `output_exit_features=True`):
+            One of shape `(batch_size, feature_size)` per exit: what the backbone's last layer reads, and of each early
+            exit the same, brought to that width where it is narrower.
+        attentions (`tuple[torch.FloatTensor]`, *optional*, returned when `output_attentions=True`):
+            The mask of each early exit, `(batch_size, channels, height, width)` between 0 and 1: what its attention
+            lets through of the feature it looks at.
+    """
+
+    loss: torch.Tensor | None = None
+    # Never None; a ModelOutput wants defaults.
+    logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_logits: tuple[torch.Tensor, ...] = None  # type: ignore[assignment]
+    ensemble_logits: torch.Tensor = None  # type: ignore[assignment]
+    exit_features: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMixin, PreTrainedModel):
+    """
+    A timm image classifier with early exits: Zhang et al., "SCAN: A Scalable Neural Networks Framework Towards
+    Compact and Efficient Models", NeurIPS 2019.
+
+    `model.backbone` is the timm model itself, with its own modules and parameter names, and answers as the deepest
+    exit does. `model.exit_heads` holds the early exits.
+
+    Args:
+        config ([`ScanConfig`]): What the network is. Fields that are left to defaults are filled in, so that a saved
+            configuration says them.
+
+    Raises:
+        `ValueError`: if the backbone cannot be cut at the exit points, or has fewer than two labels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+    >>> out = model(torch.rand(2, 3, 32, 32))
+    >>> len(out.exit_logits), out.logits.shape
+    (3, torch.Size([2, 10]))
+    ```
+    """
+
+    config: ScanConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["ExitHead"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ScanConfig) -> None:
+        super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
+        self.num_labels = config.num_labels
+        self.gradient_checkpointing = False  # of whole stages; set by Transformers
+        self.backbone_frozen = False
+        self._compiled: dict[str, Any] = {}  # stages and heads, by `compile_stages`
+        self.backbone = create_backbone(config)
+        # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
+        # the meta device nothing has been initialised: there the flag would leave raw memory behind.
+        if not any(parameter.is_meta for parameter in self.backbone.parameters()):
+            for module in self.backbone.modules():
+                module._is_hf_initialized = True
+
+        config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
+        config.preprocessing = timm_preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
+        stages = cut_into_stages(self.backbone, config.exit_points)
+        deepest = stages[-1]
+        with init.no_init_weights():  # `post_init` does it
+            self.exit_heads = nn.ModuleList(
+                ExitHead(
+                    channels=stage.channels,
+                    stride=max(1, deepest.reduction // stage.reduction),
+                    feature_size=getattr(self.backbone, "head_hidden_size", self.backbone.num_features),
+                    num_labels=config.num_labels,
+                    attention_type=config.attention_type,
+                    classifier_type=config.classifier_type,
+                    head_width=config.head_width,
+                )
+                for stage in stages[:-1]
+            )
+        config.exit_points = [stage.name for stage in stages[:-1]]
+        self.stages = self._truncated(stages) if config.truncated else stages
+        self.exit_config = ExitConfig()
+        self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
+        self.post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("stages", "_compiled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compiled = {}
+        # Functions of the backbone, which no pickle holds.
+        if not self.config.truncated:
+            self.stages = cut_into_stages(self.backbone, self.config.exit_points)
+            return
+        with torch.device("meta"):
+            whole = create_backbone(self.config)
+        self.stages = self._truncated(cut_into_stages(whole, self.config.exit_points))
+
+    def _truncated(self, stages: list[Stage]) -> list[Stage]:
+        """The first stage only, and nothing in the backbone that it does not use."""
+        if len(stages) != 2:
+            raise ValueError(
+                f"A truncated network ends at its one exit point; `exit_points` is {self.config.exit_points}. Give "
+                "one of them."
+            )
+        keep_parts(self.backbone, stages[0].parts)
+        return stages[:1]
+
+    def truncate(self, exit: int) -> "ScanForImageClassification":
+        """
+        The paper's compression: a small static network that answers as one of the early exits does, to the bit. It
+        holds the stages up to there and that exit's head, and is saved, pushed and loaded like any other.
+
+        Args:
+            exit (`int`): Which early exit, from 0.
+
+        Returns:
+            [`ScanForImageClassification`]: a copy, in the same mode, with one exit.
+
+        Raises:
+            `ValueError`: if there is no such early exit.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+        >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+        >>> small = model.truncate(exit=0)
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> torch.equal(small(images).logits, model(images).exit_logits[0])
+        True
+        >>> small.num_parameters() < 0.2 * model.num_parameters()
+        True
+        ```
+        """
+        if self.config.truncated or not 0 <= exit < len(self.exit_heads):
+            raise ValueError(
+                f"`exit` is {exit}; this network can be truncated at {list(range(self.num_exits - 1))}. What answers "
+                "at the deepest exit is `model.backbone`."
+            )
+        small = copy.deepcopy(self)
+        small.config.exit_points = [self.stages[exit].name]
+        small.config.truncated = True
+        small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
+        small.stages = small._truncated(cut_into_stages(small.backbone, small.config.exit_points))
+        small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
+        return small
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the backbone's own classifier included."""
+        return len(self.stages)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            # He et al., "Delving Deep into Rectifiers", 2015; Transformers' default of N(0, 0.02) is for transformers.
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # PyTorch's own
+        else:
+            super()._init_weights(module)
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
+            init.zeros_(module.bias)
+        # Buffers that no checkpoint holds come out of the meta device as raw memory.
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()  # type: ignore[operator]
+
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """
+        From now on, only the early exits are trained: the backbone gets no gradient, and it stays in evaluation mode
+        when the model is put into training mode, so that its batch norm statistics and its answers stay as they are.
+
+        Args:
+            frozen (`bool`, *optional*, defaults to `True`): `False` lets it be trained again.
+        """
+        self.backbone.requires_grad_(not frozen)
+        self.backbone_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ScanForImageClassification":
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        if mode:
+            self._compiled = {}
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
+        super()._apply(*args, **kwargs)
+        for index, head in enumerate(self.exit_heads):
+            if isinstance(head, ExitHead) and isinstance(self._compiled.get(f"head {index}"), FoldedHead):
+                self._compiled[f"head {index}"] = FoldedHead(head)
+        return self
+
+    def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """
+        Runs a stage of the backbone.
+
+        Args:
+            index (`int`): Which one.
+            state (`tuple`): What the stage before returned, or `(pixel_values,)` for the first.
+
+        Returns:
+            `tuple`: the stage's feature, alone on most networks, and what later stages need besides.
+        """
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.stages[index].run, self.backbone, state)
+        return self._compiled.get(f"stage {index}", self.stages[index].forward)(self.backbone, *state)
+
+    def _run_stages(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The feature of each stage as its head wants it, and at last the one that the backbone's own head wants."""
+        state: tuple[Any, ...] = (pixel_values,)
+        for index, stage in enumerate(self.stages):
+            state = self.run_stage(index, state)
+            yield stage.feature(state) if index < len(self.exit_heads) else state[0]
+
+    def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Runs the backbone only.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+
+        Returns:
+            `tuple[torch.Tensor]`: what each early exit looks at, `(batch_size, channels, height, width)`, and what the
+            backbone's own head does. [`~ScanForImageClassification.forward`] takes it as `stage_features`.
+        """
+        self.check_pixel_values(pixel_values)
+        return tuple(self._run_stages(pixel_values))
+
+    def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
+        """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
+        if index == len(self.exit_heads):
+            return self._compiled.get("deepest head", self.backbone.forward_head)(state[0])
+        head = self._compiled.get(f"head {index}", self.exit_heads[index])
+        return head(self.stages[index].feature(state))[1]
+
+    def compile_stages(self, **kwargs: Any) -> None:
+        """
+        Compiles each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
+        the first batch size is compiled as it is, others for the few ranges of sizes that PyTorch divides them into,
+        each when it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
+
+        On a CPU, heads are not compiled, which makes them slower: they are reduced to their bare calls, with batch
+        norms folded into weights. There, `TORCHINDUCTOR_FREEZING=1` in the environment lets PyTorch do the same with
+        the stages and lay weights out for the machine, which is worth more than all the rest. Call it when the weights
+        are what they will be, and anew when they change; training mode undoes it.
+
+        Args:
+            kwargs: For `torch.compile`: `mode`, `backend` and so on.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_scan import ScanConfig, ScanForImageClassification
+
+        >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+        >>> model.compile_stages(backend="eager")  # leave `backend` out to be faster
+        >>> model.predict_adaptive(torch.rand(3, 3, 32, 32), thresholds=[0.9, 0.9]).logits.shape
+        torch.Size([3, 10])
+        ```
+        """
+        for index, stage in enumerate(self.stages):
+            self._compiled[f"stage {index}"] = torch.compile(stage.forward, **kwargs)
+        for index, head in enumerate(self.exit_heads):
+            if isinstance(head, ExitHead) and all(weight.device.type == "cpu" for weight in head.parameters()):
+                self._compiled[f"head {index}"] = FoldedHead(head)
+                continue
+            # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
+            forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)
+            self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **kwargs)
+        if not self.config.truncated:
+            self._compiled["deepest head"] = torch.compile(self.backbone.forward_head, **kwargs)
+
+    def join_states(self, index: int, states: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What a stage returned for several batches, as for one batch of all of them."""
+        return self.stages[index].join(states)
+
+    def select_rows(
+        self, index: int, state: tuple[Any, ...], rows: torch.Tensor | slice, batch_size: int
+    ) -> tuple[Any, ...]:
+        """What a stage returned, of the images `rows` of a batch of `batch_size` only."""
+        return self.stages[index].select(state, rows, batch_size)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        stage_features: tuple[torch.Tensor, ...] | None = None,
+        output_exit_features: bool = False,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ScanImageClassifierOutput | tuple[Any, ...]:
+        """
+        Runs every stage and every exit.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class indices, for the loss.
+            stage_features (`tuple[torch.Tensor]`, *optional*): In place of images, what
+                [`~ScanForImageClassification.extract_features`] returned for them. Then only the heads are run.
+            output_exit_features (`bool`, *optional*, defaults to `False`): Whether to return each exit's feature.
+            output_attentions (`bool`, *optional*): Whether to return the attention mask of each early exit. Defaults
+                to `config.output_attentions`.
+            return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
+
+        Raises:
+            `ValueError`: if the images are not what the network takes. On the CPU, where looking costs no transfer,
+                also if pixels are NaN or infinite or labels are out of range.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        look = not torch.compiler.is_compiling()
+        if pixel_values is not None:
+            self.check_pixel_values(pixel_values, values=look and pixel_values.device.type == "cpu")
+            features = self._run_stages(pixel_values)
+        elif stage_features is not None:
+            features = iter(stage_features)
+        else:
+            raise ValueError("Neither `pixel_values` nor `stage_features` are given; expected images, or features.")
+        if labels is not None and look and labels.device.type == "cpu":
+            self.check_labels(labels)
+
+        exit_logits: list[torch.Tensor] = []
+        exit_features: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
+        for head in self.exit_heads:
+            pooled, logits, mask = head(next(features))
+            exit_logits.append(logits)
+            if mask is not None:
+                masks.append(mask)
+            if output_exit_features:
+                exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
+        for feature in features:  # the deepest, unless the network ends before it
+            exit_logits.append(self.backbone.forward_head(feature))
+        if output_exit_features and not self.config.truncated:
+            # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
+            with torch.no_grad():
+                exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))
+
+        loss = None
+        if labels is not None:
+            loss = sum(self.loss_function(labels, logits, self.config) for logits in exit_logits)
+        output = ScanImageClassifierOutput(
+            loss=loss,
+            logits=exit_logits[-1],
+            exit_logits=tuple(exit_logits),
+            ensemble_logits=torch.stack(exit_logits).mean(dim=0),
+            exit_features=tuple(exit_features) if output_exit_features else None,
+            attentions=tuple(masks) if masks and output_attentions else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def check_pixel_values(self, pixel_values: torch.Tensor, values: bool = False) -> None:
+        """
+        Raises a `ValueError` unless `pixel_values` is a batch of images that the network takes.
+
+        Args:
+            pixel_values (`torch.Tensor`): What to check.
+            values (`bool`, *optional*, defaults to `False`): Whether to look for NaN and infinite pixels too, which
+                waits for the device.
+        """
+        channels = self.config.num_channels
+        expected = f"expected (batch_size, {channels}, height, width)"
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; {expected}. Prepare images with the model's "
+                "image processor."
+            )
+        if 0 < min(pixel_values.shape[2:]) < self.stages[-1].reduction:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, and the backbone makes maps "
+                f"{self.stages[-1].reduction} times smaller than the image; expected a height and width of at least "
+                "that. Prepare images with the model's image processor, or set a larger `image_size`."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.dtype}; expected floating-point numbers as the model's image "
+                "processor makes them."
+            )
+        if not all(pixel_values.shape):
+            raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
+        # One pass, and one number to wait for. (It also takes sums beyond float32 for infinite; no image has them.)
+        if values and not math.isfinite(pixel_values.sum(dtype=torch.float32).item()):
+            raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
+
+    def check_labels(self, labels: torch.Tensor) -> None:
+        """Raises a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""
+        if labels.ndim != 1 or labels.dtype != torch.long:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size,) class "
+                "indices of torch.int64."
+            )
+        if labels.numel() and not ((labels == -100) | ((labels >= 0) & (labels < self.num_labels))).all():
+            raise ValueError(
+                f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
+                f"0 to {self.num_labels - 1}. Set `num_labels` to what the data has, or correct the labels."
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and buffers, with their names and types. Equal networks have the same."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+__all__ = ["ScanForImageClassification", "ScanImageClassifierOutput"]

@@ -1,0 +1,164 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Equip a timm model with early exits: [`TimmConversionMixin`]."""
+
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import is_model_pretrained, load_model_config_from_hf
+from torch import nn
+from transformers import PreTrainedModel
+
+from .backbone import create_timm_model, size_argument, timm_preprocessing
+from .configuration_scan import ScanConfig
+
+
+class TimmConversionMixin(PreTrainedModel):
+    """Adds `from_timm` to [`ScanForImageClassification`]."""
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str | nn.Module,
+        pretrained: bool = False,
+        num_labels: int | None = None,
+        exit_points: list[int | str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Equips a model of timm with early exits. Weights, label names and preprocessing are taken over, and the deepest
+        exit answers as the model did; the early exits have to be trained.
+
+        Args:
+            model (`str` or `torch.nn.Module`): Name of a model as `timm.create_model` takes it, `hf-hub:` and
+                `local-dir:` included, or a model that it made, which is copied. Weights on the Hub that are of a
+                ResNet for 32x32 images, though they name timm's for larger ones, are recognised.
+            pretrained (`bool`, *optional*, defaults to `False`): Whether timm loads weights for a name.
+            num_labels (`int`, *optional*): Labels. Defaults to the model's own. With another number, its classifier
+                starts anew.
+            exit_points (`list[int | str]`, *optional*): As in [`ScanConfig`].
+            kwargs: Further arguments of [`ScanConfig`]. A model that was not made with timm's defaults needs those
+                that it was made with: `backbone_kwargs`, `num_channels`, `image_size`.
+
+        Returns:
+            [`ScanForImageClassification`]: in training mode.
+
+        Raises:
+            `ValueError`: if timm does not know the model, the arguments do not give what the model is, or it cannot be
+                cut into stages.
+
+        Example:
+
+        ```python
+        >>> import timm
+        >>> from hf_scan import ScanForImageClassification
+
+        >>> model = ScanForImageClassification.from_timm(timm.create_model("resnet18"), exit_points=["layer2"])
+        >>> model.num_exits, model.config.id2label[0]
+        (2, 'tench, Tinca tinca')
+        ```
+        """
+        if isinstance(model, str):
+            given = {"num_classes": num_labels, "in_chans": kwargs.get("num_channels")}
+            given = {name: value for name, value in given.items() if value is not None}
+            given |= kwargs.get("backbone_kwargs") or {}
+            given = {**size_argument(model, kwargs.get("image_size")), **given}
+            try:
+                source = create_timm_model(model, pretrained, **given)
+            except ValueError:
+                source = _create_for_small_images(model, **given) if pretrained else None
+                if source is None:
+                    raise
+        else:
+            source = model
+            if pretrained:
+                raise ValueError("`pretrained` is for a model that is given by name; this one is given with weights.")
+        cfg = getattr(source, "pretrained_cfg", None)
+        if not isinstance(cfg, dict) or "architecture" not in cfg:
+            raise ValueError(
+                f"`model` is a {type(source).__name__} without timm's `pretrained_cfg`; expected a model that "
+                "`timm.create_model` made, or the name of one."
+            )
+
+        own_labels = num_labels is None or num_labels == source.num_classes
+        if "id2label" not in kwargs:
+            names = _label_names(cfg, source.num_classes) if own_labels else None
+            if names is not None:
+                kwargs["id2label"] = dict(enumerate(names))
+                kwargs["label2id"] = {name: index for index, name in enumerate(names)}
+            else:
+                kwargs["num_labels"] = num_labels or source.num_classes
+        tagged = f"{cfg['architecture']}.{cfg.get('tag')}"
+        config = ScanConfig(
+            backbone=tagged if is_model_pretrained(tagged) else cfg["architecture"],
+            exit_points=exit_points,
+            **{"preprocessing": timm_preprocessing(cfg), **kwargs},
+        )
+        example = next(source.parameters())
+        scan = cls(config).to(device=example.device, dtype=example.dtype)
+        weights = source.state_dict()
+        if not own_labels:
+            classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else [cfg["classifier"]]
+            fresh = {
+                name: value
+                for name, value in scan.backbone.state_dict().items()
+                if name.startswith(tuple(f"{classifier}." for classifier in classifiers))
+            }
+            weights |= fresh
+        try:
+            scan.backbone.load_state_dict(weights)
+            if own_labels and not _answer_alike(scan.backbone, source, config):
+                raise RuntimeError("the weights fit, and the answers differ")
+        except RuntimeError as error:
+            raise ValueError(
+                f"The model is not what timm makes of {config.backbone!r} with {config.backbone_kwargs}, "
+                f"{config.num_channels} channels and images of {config.image_size} pixels: {error}. Give the "
+                "`backbone_kwargs`, `num_channels` and `image_size` that it was made with."
+            ) from error
+        return scan
+
+
+def _create_for_small_images(name: str, **kwargs: Any) -> Any:
+    """
+    The network of 32x32 images whose weights are on the Hub under the name of timm's for larger ones. (There are
+    ResNets of that kind, whose authors changed the stem behind timm's back.)
+    """
+    if not name.startswith("hf-hub:"):
+        return None
+    cfg, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))[:3]
+    small = f"cifar_{architecture}"
+    if not timm.is_model(small):
+        return None
+    settings = {"num_classes": cfg["num_classes"], **(arguments or {}), **kwargs}
+    source = create_timm_model(small, pretrained=True, pretrained_cfg=cfg, **settings)
+    source.pretrained_cfg = {**source.pretrained_cfg, "architecture": small, "tag": None}
+    return source
+
+
+@torch.no_grad()
+def _answer_alike(one: nn.Module, other: nn.Module, config: ScanConfig) -> bool:
+    assert config.image_size is not None  # the network filled it in
+    example = next(one.parameters())
+    images = example.new_ones(1, config.num_channels, config.image_size, config.image_size)
+
+    def answer(model: nn.Module) -> torch.Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        logits = model.eval()(images)
+        for module, mode in modes:
+            module.training = mode
+        return logits
+
+    return torch.allclose(answer(one), answer(other), rtol=1e-3, atol=1e-3)
+
+
+def _label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
+    """What timm knows the classes of a checkpoint by, if it does."""
+    names = pretrained_cfg.get("label_names")
+    if names is None and (subset := infer_imagenet_subset({"num_classes": num_labels})):
+        info = ImageNetInfo(subset)
+        names = [info.label_name_to_description(synset) for synset in info.label_names()]
+    return list(names) if names is not None and len(names) == num_labels else None
+
+
+__all__ = ["TimmConversionMixin"]

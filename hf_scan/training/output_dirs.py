@@ -1,0 +1,135 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""An output folder is replaced as a whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+@contextmanager
+def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
+    """
+    Gives a new folder to write into, which takes the place of `path` once the block ends without an error. After an
+    error in the block `path` is as it was.
+
+    Args:
+        path (`str` or `Path`): The folder to make or to replace. Its parents are made when missing.
+        keep (`Sequence[str]`, *optional*): Patterns of entries of the old folder to carry over, such as
+            `"checkpoint-*"`, where the new one has none of that name.
+
+    Yields:
+        `Path`: the folder to write into, beside `path`.
+
+    Raises:
+        `OSError`: as [`check_replaceable`].
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_scan.training.output_dirs import replaced_folder
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with replaced_folder(Path(parent, "run")) as folder:
+    ...         _ = (folder / "metrics.json").write_text("{}")
+    ...     [entry.name for entry in Path(parent, "run").iterdir()]
+    ['metrics.json']
+    ```
+    """
+    path = check_replaceable(path, keep)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # On the same file system, so that the exchange is a rename.
+    workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    new, old = workshop / "new", workshop / "old"
+    new.mkdir()  # with the permissions that folders get here; a temporary one is private
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        for pattern in keep:
+            for entry in old.glob(pattern):
+                if not (path / entry.name).exists():
+                    entry.rename(path / entry.name)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # what could not be carried over stays there
+            workshop.rmdir()
+        raise
+    shutil.rmtree(workshop)
+
+
+def last_whole_checkpoint(path: str | Path) -> str | None:
+    """
+    The checkpoint in a run's folder that was written last, of those that were written to their end, to resume from. A
+    process that is killed, or a disk that is full, can leave one that was not.
+
+    Args:
+        path (`str` or `Path`): The `output_dir` of a `Trainer`.
+
+    Returns:
+        `str`, *optional*: its folder, if there is one.
+    """
+    found: list[tuple[int, int, str]] = []
+    for folder in Path(path).glob("checkpoint-*"):
+        state = folder / TRAINER_STATE_NAME  # which is written last
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+            found.append((state.stat().st_mtime_ns, step, str(folder)))
+    return max(found)[2] if found else None
+
+
+def _holds_model(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in ("scan", "timm_wrapper")
+
+
+def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
+    """
+    Refuses to replace what is not a run's own folder. Called before long work, it saves the work.
+
+    Args:
+        path (`str` or `Path`): The folder to replace.
+        keep (`Sequence[str]`, *optional*): As for [`replaced_folder`].
+
+    Returns:
+        `Path`: the absolute path.
+
+    Raises:
+        `NotADirectoryError`: if `path` is a file.
+        `PermissionError`: if it cannot be written beside `path`, or `path` is a mount point.
+        `FileExistsError`: if `path` is the working folder or one around it, or holds more than what is kept
+            and no `config.json` of a SCAN model or a plain backbone.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder to replace, or nothing. Choose another path.")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or path.is_mount():
+        raise PermissionError(
+            f"{path} cannot be replaced: {parent} is no folder that can be written to, or {path} is a mount point. "
+            "Choose another path."
+        )
+    if Path.cwd().is_relative_to(path):
+        raise FileExistsError(f"{path} holds the working folder and would be replaced. Choose another path.")
+    kept = {entry for pattern in keep for entry in path.glob(pattern)}
+    if path.is_dir() and set(path.iterdir()) - kept and not _holds_model(path):
+        raise FileExistsError(
+            f"{path} holds files but no model, and would be replaced as a whole. Choose another path, or empty it."
+        )
+    return path

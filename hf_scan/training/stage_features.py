@@ -1,0 +1,134 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""What a frozen backbone makes of every image, computed once: heads are then trained without running it again."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+
+if TYPE_CHECKING:
+    from ..model.modeling_scan import ScanForImageClassification
+
+
+class StageFeatures(Dataset[dict[str, Any]]):
+    """
+    The features of a split, on disk. [`ScanTrainer`] trains and evaluates on it as on images.
+
+    Args:
+        folder (`str` or `Path`): Where [`extract_stage_features`] wrote them.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+    >>> from hf_scan.training.stage_features import extract_stage_features
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2))
+    >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(8)]
+    >>> features = extract_stage_features(model, images, "runs/example/features")
+    >>> args = ScanTrainingArguments(output_dir="runs/example", max_steps=1, save_strategy="no", freeze_backbone=True)
+    >>> result = ScanTrainer(model, args, train_dataset=features).train()
+    {'train_runtime': ...}
+    ```
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        files = sorted(Path(folder).glob("stage_*.npy"))
+        labels = Path(folder, "labels.npy")
+        if not files or not labels.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no features of a split; write them with `extract_stage_features`."
+            )
+        self.folder = Path(folder)
+        self.stages = [np.load(file, mmap_mode="r") for file in files]
+        self.labels = np.load(labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # else a worker would get all features as a copy
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        features = tuple(torch.from_numpy(stage[index].copy()) for stage in self.stages)
+        return {"stage_features": features, "labels": int(self.labels[index])}
+
+
+@torch.inference_mode()
+def extract_stage_features(
+    model: "ScanForImageClassification",
+    dataset: Any,
+    folder: str | Path,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> StageFeatures:
+    """
+    Runs the backbone once over a dataset, with a progress bar, and writes what every stage returns. It is worth its
+    space where the images are the same in every epoch, that is, without augmentation, and the backbone is frozen.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network, on any device. It is run in evaluation mode.
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Gives dictionaries of `pixel_values` and `labels`.
+        folder (`str` or `Path`): A folder to write to, which must not be there or be empty.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read images.
+
+    Returns:
+        [`StageFeatures`]
+
+    Raises:
+        `ValueError`: if the dataset or the folder is not empty in the wrong way, or a stage returns no map.
+        `OSError`: if there is not enough space. Nothing is written then.
+    """
+    folder = Path(folder)
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty; expected images.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another folder for the features, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    was_training = model.training
+    model.eval()
+    arrays: list[np.memmap] = []
+    try:
+        labels: list[np.ndarray] = []
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator, num_workers=num_workers)
+        for batch in tqdm(loader, desc="features of the frozen stages", leave=False):
+            features = model.extract_features(batch["pixel_values"].to(model.device, model.dtype))
+            if not arrays:
+                _check_space(folder, features, len(dataset))
+                arrays = [
+                    np.lib.format.open_memmap(
+                        folder / f"stage_{index:02}.npy", "w+", np.float32, (len(dataset), *feature.shape[1:])
+                    )
+                    for index, feature in enumerate(features)
+                ]
+            start = batch_size * len(labels)
+            for array, feature in zip(arrays, features):
+                array[start : start + len(feature)] = feature.float().cpu().numpy()
+            labels.append(batch["labels"].numpy())
+        for array in arrays:
+            array.flush()
+        np.save(folder / "labels.npy", np.concatenate(labels))  # last: without it, the folder is no split
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    finally:
+        model.train(was_training)
+    return StageFeatures(folder)
+
+
+def _check_space(folder: Path, features: tuple[torch.Tensor, ...], count: int) -> None:
+    needed = 4 * count * sum(feature[0].numel() for feature in features)
+    free = shutil.disk_usage(folder).free
+    if needed > 0.9 * free:
+        raise OSError(
+            f"The features of {count} images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left. "
+            "Train on the images themselves, with smaller ones, or with fewer `exit_points`."
+        )

@@ -1,0 +1,142 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""[`ScanTrainingArguments`]: Transformers' training arguments and what self-distillation adds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+# What the authors published, twice: in the code of SCAN itself, with a weight for the hint that is rescaled from its
+# sum over a batch of 128 to a mean, and in their later code for self-distillation, which has no hint and no T^2.
+DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "label_weight": [0.5],
+        "soft_label_weight": [0.5],
+        "hint_weight": [6.4e-5],
+        "distillation_temperature": 3.0,
+        "scale_by_temperature": True,
+    },
+    "successor": {
+        "label_weight": [0.7],
+        "soft_label_weight": [0.3],
+        "hint_weight": [0.0],
+        "distillation_temperature": 3.0,
+        "scale_by_temperature": False,
+    },
+}
+
+
+@dataclass
+class ScanTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with those of [`~hf_scan.training.losses.SelfDistillationLoss`].
+
+    Two inherited defaults differ: `remove_unused_columns` is `False`, since images are transformed when they are
+    read, and `ddp_find_unused_parameters` is `False`, since every parameter is used in every step.
+
+    Args:
+        distillation_preset (`str`, *optional*, defaults to `"paper"`):
+            The values that the following five arguments have unless they are given: `"paper"` (0.5, 0.5, 6.4e-5,
+            T = 3, with T^2) or `"successor"` (0.7, 0.3, no hint, T = 3, without T^2).
+        label_weight (`float` or `list[float]`, *optional*):
+            Weight of the labels at the early exits: one for all of them, or one each. A last one more is the deepest
+            exit's, which is 1 otherwise.
+        soft_label_weight (`float` or `list[float]`, *optional*):
+            Weight of the teacher's softened answer, likewise; 0 at the deepest exit unless given. 0 for all of them
+            trains without distillation.
+        hint_weight (`float` or `list[float]`, *optional*):
+            Weight of the distance to the deepest exit's feature, likewise.
+        distillation_temperature (`float`, *optional*): Temperature that softens the answers.
+        scale_by_temperature (`bool`, *optional*):
+            Whether the soft-label term is multiplied by the temperature squared.
+        distillation_teacher (`str`, *optional*, defaults to `"deepest"`):
+            Whose answers are learned from: those of the `"deepest"` exit, of the `"ensemble"` of all exits, or of
+            another trained classifier, named as for `AutoModelForImageClassification.from_pretrained`, which sees the
+            images as the network does.
+        distillation_warmup_steps (`float`, *optional*, defaults to 0.0):
+            Steps over which the soft-label and hint weights grow from 0, while the teacher is a poor one: a number of
+            steps, or a share of all of them if below 1.
+        mixup_alpha, cutmix_alpha (`float`, *optional*, defaults to 0.0):
+            Mixes the images of a training batch in pairs and their labels with them, as timm does: parameters of the
+            Beta distribution that the shares are drawn from. 0 is off.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether only the early exits are trained, and the deepest answer stays as it is.
+
+    Raises:
+        `ValueError`: if the preset is unknown, a weight is negative, or the temperature or the warm-up are out of
+            range.
+    """
+
+    distillation_preset: str = field(
+        default="paper", metadata={"help": "'paper' or 'successor': what weights and temperature are unless given."}
+    )
+    label_weight: list[float] | None = field(
+        default=None, metadata={"help": "Weight of the labels at the early exits: one, or one each."}
+    )
+    soft_label_weight: list[float] | None = field(
+        default=None, metadata={"help": "Weight of the teacher's softened answer at the early exits; 0 for none."}
+    )
+    hint_weight: list[float] | None = field(
+        default=None, metadata={"help": "Weight of the squared distance to the deepest exit's feature; 0 for none."}
+    )
+    distillation_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature that softens the answers before they are compared."}
+    )
+    scale_by_temperature: bool | None = field(
+        default=None, metadata={"help": "Multiply the soft-label term by the temperature squared."}
+    )
+    distillation_teacher: str = field(
+        default="deepest", metadata={"help": "'deepest', 'ensemble', or the name of another trained classifier."}
+    )
+    distillation_warmup_steps: float = field(
+        default=0.0, metadata={"help": "Steps, or share of them, over which the distillation weights grow from 0."}
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Blend pairs of images; Beta parameter of the share."})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Paste a part of one image into another; Beta parameter of the share."}
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the early exits only; the deepest answer stays as it is."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Drop the columns that the model does not take, before images are transformed."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP look for unused parameters in each step. There are none."}
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds, such as the `training_args.bin` that Trainer writes and pushes: no token."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distillation_preset not in DISTILLATION_PRESETS:
+            raise ValueError(
+                f"`distillation_preset` is {self.distillation_preset!r}; expected one of "
+                f"{sorted(DISTILLATION_PRESETS)}."
+            )
+        for name, value in DISTILLATION_PRESETS[self.distillation_preset].items():
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, value)
+            elif name.endswith("_weight"):
+                weights = list(given) if isinstance(given, (list, tuple)) else [given]
+                if not weights or not all(weight >= 0 for weight in weights):
+                    raise ValueError(f"`{name}` is {given}; expected numbers of at least 0.")
+                setattr(self, name, weights)
+        assert self.distillation_temperature is not None
+        if not self.distillation_temperature > 0:
+            raise ValueError(
+                f"`distillation_temperature` is {self.distillation_temperature}; expected a number above 0."
+            )
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number of at least 0.")
+        if not self.distillation_warmup_steps >= 0:
+            raise ValueError(
+                f"`distillation_warmup_steps` is {self.distillation_warmup_steps}; expected a number of steps, or a "
+                "share of them below 1."
+            )

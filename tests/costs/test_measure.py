@@ -1,0 +1,236 @@
+import json
+
+import pytest
+import torch
+
+from hf_scan import ExitConfig, ScanForImageClassification
+from hf_scan.costs import (
+    ExitCosts,
+    MeasuredCosts,
+    count_macs,
+    count_parameters,
+    interleaved_medians,
+    measure_costs,
+    predicted_speedup,
+    realised_speedup,
+)
+
+from ..conftest import random_scan_model
+
+
+def test_macs_by_hand():
+    """A CIFAR ResNet-20 at 32x32: 3x3 convolutions of 16, 32 and 64 channels, two 1x1 shortcuts, a linear layer."""
+    costs = count_macs(random_scan_model(num_labels=100, image_size=32, exit_points=["layer1", "layer2"]))
+    stem = 32 * 32 * 9 * 3 * 16
+    stage_1 = 6 * 32 * 32 * 9 * 16 * 16
+    stage_2 = 16 * 16 * (9 * 16 * 32 + 5 * 9 * 32 * 32 + 16 * 32)
+    stage_3 = 8 * 8 * (9 * 32 * 64 + 5 * 9 * 64 * 64 + 32 * 64)
+    assert costs.stages == [stem + stage_1, stage_2, stage_3]
+    assert costs.heads[-1] == 64 * 100
+    assert costs.plain == sum(costs.stages) + 6400
+    # Brought to 8x8 and 64 channels; depthwise 9 and pointwise 64, at half of that for the mask; a linear layer.
+    squeeze = 8 * 8 * (4 * 32 + 32 * 64)
+    attention = 2 * 4 * 4 * (9 * 64 + 64 * 64)
+    classifier = 8 * 8 * (9 * 64 + 64 * 64) + 64 * 100
+    assert costs.heads[1] == squeeze + attention + classifier
+
+
+def test_cumulative_costs_count_the_heads_that_ran():
+    costs = ExitCosts(stages=[100, 200, 300], heads=[10, 20, 5])
+    assert costs.plain == 605
+    assert costs.cumulative() == [110, 330, 635, 635]
+    assert costs.cumulative(ExitConfig(thresholds=[None, 0.5])) == [100, 320, 625, 625]
+    # With the deepest exit as fallback, a head that lets nothing go does not run.
+    assert costs.cumulative(ExitConfig(thresholds=[1.0, 0.5], fallback="deepest")) == [100, 320, 625, 625]
+    assert costs.cumulative(ExitConfig(thresholds=[1.0, 0.5])) == [110, 330, 635, 635]
+    assert costs.relative()[0] == pytest.approx(110 / 605)
+
+
+def test_counting_leaves_the_mode_alone():
+    model = random_scan_model().train()
+    count_macs(model)
+    assert model.training
+
+
+def test_calls_are_interleaved():
+    order = []
+    interleaved_medians(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, seconds_per_round=0
+    )
+    measured = order[-6:]
+    assert measured == ["a", "b"] * 3
+
+
+def parameters_of(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["cifar_resnet20", "vit_tiny_patch16_224"])
+def test_every_parameter_is_counted_once(backbone):
+    model = random_scan_model(backbone=backbone, image_size=32 if backbone == "cifar_resnet20" else 224)
+    costs = count_parameters(model)
+    assert costs.plain == parameters_of(model.backbone)
+    for head, counted in zip(model.exit_heads, costs.heads):
+        assert counted == parameters_of(head) - parameters_of(head.hint_projection)
+    small = model.truncate(exit=1)
+    assert count_parameters(small).stages == [sum(costs.stages[:2])]
+    assert count_parameters(small).heads == [costs.heads[1]]
+
+
+def on_a_fake_clock(monkeypatch, model):
+    """A clock that only the model's parts move: stage k by (k + 1) ms an image, head k by 0.1 ms an image."""
+    clock = [0.0]
+
+    def read() -> float:
+        clock[0] += 1e-12  # PyTorch divides by what it measured
+        return clock[0]
+
+    monkeypatch.setattr("hf_scan.costs.measure.timer", read)
+
+    def after(module, milliseconds):
+        def tick(module, inputs, output):
+            clock[0] += milliseconds / 1000 * len(inputs[0])
+
+        module.register_forward_hook(tick)
+
+    for index in range(model.num_exits):
+        after(getattr(model.backbone, f"layer{index + 1}"), index + 1.0)
+    for head in model.exit_heads:
+        after(head, 0.1)
+
+
+def test_each_part_gets_its_own_time(monkeypatch):
+    model = random_scan_model()
+    on_a_fake_clock(monkeypatch, model)
+    costs = measure_costs(model, batch_size=6, rounds=2)
+    assert sorted(costs.milliseconds) == [1, 2, 4, 6]
+    for size, milliseconds in costs.milliseconds.items():
+        assert milliseconds.stages == pytest.approx([1.0 * size, 2.0 * size, 3.0 * size])
+        assert milliseconds.heads == pytest.approx([0.1 * size, 0.1 * size, 0.0], abs=1e-6)
+        assert costs.plain[size] == pytest.approx(6.0 * size)
+        assert costs.spread[size].stages == pytest.approx([0, 0, 0], abs=1e-9)
+    assert costs.cumulative() == pytest.approx([1.1, 3.2, 6.2, 6.2])
+    assert costs.cumulative(ExitConfig(thresholds=[None, 0.5]), batch_size=2) == pytest.approx([1.0, 3.1, 6.1, 6.1])
+    assert costs.macs == count_macs(model)
+
+
+def test_costs_are_saved_with_the_model(tmp_path):
+    model = random_scan_model()
+    costs = measure_costs(model, batch_size=3, rounds=1)
+    assert MeasuredCosts.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5], costs=costs.to_dict())
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path)
+    assert MeasuredCosts.from_dict(loaded.exit_config.costs) == costs
+    # They are those of other exits once there are others.
+    for exit_config in (model.exit_config, ExitConfig(costs=costs.to_dict())):
+        model.exit_config = exit_config
+        model.save_pretrained(tmp_path)
+        with_fewer = ScanForImageClassification.from_pretrained(tmp_path, exit_points=["layer1"])
+        assert with_fewer.exit_config.costs is None
+
+
+def test_measuring_elsewhere_leaves_the_model_alone():
+    model = random_scan_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    threads = torch.get_num_threads()
+    costs = measure_costs(model, dtype=torch.float64, threads=threads + 1, rounds=1)
+    assert (costs.dtype, costs.threads) == ("float64", threads + 1)
+    assert f"{threads + 1} threads" in costs.machine
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.dtype == before[name].dtype for name, value in model.state_dict().items())
+
+
+def test_a_truncated_network_has_costs_too(images):
+    small = random_scan_model().truncate(exit=0)
+    costs = measure_costs(small, batch_size=2, rounds=1)
+    assert len(costs.milliseconds[2].stages) == len(costs.milliseconds[2].heads) == 1
+    assert realised_speedup(small, images, batch_size=8, rounds=1).shares == [0.0, 1.0]
+
+
+def by_hand(milliseconds, plain):
+    counted = ExitCosts(stages=[1, 1], heads=[1, 1])
+    return MeasuredCosts(counted, counted, milliseconds, milliseconds, plain, dtype="", threads=1, machine="")
+
+
+def test_what_is_expected_of_a_shrinking_batch():
+    costs = by_hand(
+        {1: ExitCosts([1.0, 3.0], [0.5, 0.25]), 2: ExitCosts([1.6, 4.0], [0.6, 0.3])}, plain={1: 4.2, 2: 5.8}
+    )
+    shares = [0.75, 0.0, 0.25]
+    assert costs.expected_milliseconds(shares, batch_size=1) == pytest.approx(1.5 + 0.25 * 3.25)
+    # Of two images, both go on with a chance of 1/16, one with 6/16.
+    assert costs.expected_milliseconds(shares) == pytest.approx((2.2 + 6 / 16 * 3.25 + 1 / 16 * 4.3) / 2)
+    # Refilled, a quarter of the images costs a quarter of a full batch.
+    assert costs.expected_milliseconds(shares, refilled=True) == pytest.approx((2.2 + 0.25 * 4.3) / 2)
+    switched_off = ExitConfig(thresholds=[None, 0.5])
+    assert costs.expected_milliseconds([0, 0, 1.0], switched_off) == pytest.approx((1.6 + 4.3) / 2)
+    assert predicted_speedup(costs, [0, 0, 1.0], switched_off) == pytest.approx(5.8 / 5.9)
+    assert predicted_speedup(costs, shares, batch_size=1) == pytest.approx(4.2 / 2.3125)
+
+
+def test_where_time_is_proportional_batches_do_not_matter(monkeypatch):
+    model = random_scan_model()
+    on_a_fake_clock(monkeypatch, model)
+    costs = measure_costs(model, batch_size=8, rounds=1)
+    shares = [0.4, 0.3, 0.2, 0.1]
+    expected = sum(share * cost for share, cost in zip(shares, costs.cumulative()))
+    for batch_size in (1, 2, 4, 8):
+        for refilled in (False, True):
+            found = costs.expected_milliseconds(shares, batch_size=batch_size, refilled=refilled)
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_requests():
+    model = random_scan_model()
+    for wrong in ({"batch_size": 0}, {"threads": 0}, {"rounds": 0}):
+        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+            measure_costs(model, **wrong)
+    with pytest.raises(ValueError, match=r"call `model\.eval\(\)`|Call `model\.eval\(\)`"):
+        measure_costs(model.train())
+    costs = by_hand({1: ExitCosts([1.0, 3.0], [0.5, 0.25])}, plain={1: 4.2})
+    with pytest.raises(ValueError, match="`batch_size` is 4, and \\[1\\] were measured"):
+        predicted_speedup(costs, [0.5, 0.5, 0.0], batch_size=4)
+    for shares in ([0.5, 0.5], [0.5, 0.2, 0.2]):
+        with pytest.raises(ValueError, match="expected 3 shares"):
+            costs.expected_milliseconds(shares)
+
+
+@pytest.mark.parametrize("refilled", [False, True])
+def test_realised_speedup_is_of_what_it_says(images, monkeypatch, refilled):
+    """No seconds are asserted: each call is replaced by one that is told how long it took."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.6, None, 0.7])
+    seen = {}
+
+    def medians(calls, rounds, seconds_per_round):
+        for name, call in calls.items():
+            batches = []
+            handle = model.backbone.layer3.register_forward_hook(
+                lambda m, args, out, b=batches: b.append(len(args[0]))
+            )
+            call()
+            handle.remove()
+            seen[name] = batches
+        return {"plain": 4.0, "adaptive": 2.0}
+
+    monkeypatch.setattr("hf_scan.costs.measure.interleaved_medians", medians)
+    measured = realised_speedup(model, images, batch_size=4, refilled=refilled)
+    answers = model.predict_adaptive(images).exit_index
+    left = int((answers >= 2).sum())
+    assert seen["plain"] == [4] * 6
+    assert sum(seen["adaptive"]) == left
+    if refilled:
+        assert seen["adaptive"][:-1] == [4] * (-(-left // 4) - 1)
+    assert measured.plain == pytest.approx(4000 / 24)
+    assert measured.speedup == pytest.approx(2.0)
+    assert measured.shares == pytest.approx((torch.bincount(answers, minlength=4) / 24).tolist())
+
+
+def test_shares_say_where_images_leave_and_not_who_answers(images):
+    """Nothing leaves, and the most confident exit, often an early one, answers at the end."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[1.0, 1.0, 1.0], fallback="most_confident")
+    assert (model.predict_adaptive(images).exit_index < 2).any()
+    assert realised_speedup(model, images, batch_size=8, rounds=1).shares == [0.0, 0.0, 0.0, 1.0]

@@ -1,0 +1,141 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_scan import ScanConfig, ScanForImageClassification
+from hf_scan.costs import count_macs
+from hf_scan.model.exit_heads import ConvAttention, ConvClassifier, ExitHead, MapMean, SeparableAttention
+from hf_scan.model.folded_heads import FoldedHead
+
+
+def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters() if p.ndim == 4]
+
+
+def test_conv_head_is_the_papers():
+    """The layers of the first exit of a CIFAR ResNet-18, as the facts of the authors' code give them."""
+    head = ExitHead(64, stride=8, feature_size=512, num_labels=100, attention_type="conv", classifier_type="conv")
+    assert shapes(head.attention) == [(64, 64, 3, 3), (64, 64, 4, 4)]
+    assert shapes(head.classifier) == [(128, 64, 1, 1), (128, 128, 8, 8), (512, 128, 1, 1)]
+    assert head.classifier.fc.weight.shape == (100, 512)
+    kinds = [type(module).__name__ for module in head.attention.mask]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "ConvTranspose2d", "BatchNorm2d", "Sigmoid"]
+    strided = head.classifier.features[3]
+    assert strided.kernel_size == strided.stride == (8, 8)
+
+
+@pytest.mark.parametrize("attention", [ConvAttention, SeparableAttention])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (9, 6)])
+def test_attention_is_a_mask_between_0_and_1(attention, size):
+    feature = torch.rand(2, 6, *size) + 0.1
+    mask = attention(6).eval()(feature)
+    assert mask.shape == feature.shape
+    assert (mask > 0).all()
+    assert (mask < 1).all()
+    assert mask.std() > 0
+
+
+@pytest.mark.parametrize("attention_type", ["conv", "separable", "none"])
+@pytest.mark.parametrize("classifier_type", ["conv", "separable"])
+@pytest.mark.parametrize("channels", [16, 256])
+def test_every_kind_gives_a_feature_of_the_deepest_width(attention_type, classifier_type, channels):
+    head = ExitHead(channels, 4, 96, 10, attention_type, classifier_type, head_width=32)
+    feature, logits, mask = head(torch.randn(2, channels, 16, 16))
+    assert feature.shape == (2, 96)
+    assert logits.shape == (2, 10)
+    assert (mask is None) == (attention_type == "none")
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_the_stage_behind_never_sees_a_mask(model, images):
+    """Whatever the heads do, the deepest logits stay the backbone's, and heads leave the feature as it is."""
+    (feature,) = model.run_stage(0, (images,))
+    before = feature.clone()
+    model.run_exit(0, (feature,))
+    assert torch.equal(feature, before)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    """
+    cifar_resnet20 cifar_resnet18 cifar_resnet152 cifar_vgg16_bn cifar_wrn44_8 resnet18 resnet50 densenet121 vgg16_bn
+    efficientnet_b0 mobilenetv3_large_100 ghostnet_100 rexnet_100 hgnetv2_b0 convnext_tiny
+    swin_tiny_patch4_window7_224 vit_small_patch16_224 mobilevit_s
+    """.split(),  # noqa: SIM905
+)
+def test_default_heads_cost_a_few_percent(backbone):
+    """On plain networks and on frugal ones, at 1,000 classes and the default size."""
+    with torch.device("meta"):
+        model = ScanForImageClassification(
+            ScanConfig(backbone=backbone, num_labels=100 if backbone.startswith("cifar_") else 1000)
+        )
+    costs = count_macs(model)
+    assert 0 < sum(costs.heads[:-1]) < 0.05 * costs.plain
+
+
+def test_a_cheap_head_works_at_one_width_and_near_the_deepest_map():
+    """Whatever the stage's map and width are; also where the map's size is odd."""
+    for stride, size, expected in ((8, 56, 14), (4, 28, 14), (2, 14, 7), (1, 7, 7), (8, 57, 14)):
+        squeezed = ExitHead(24, stride, feature_size=96, num_labels=3, head_width=32).squeeze(
+            torch.randn(1, 24, size, size)
+        )
+        assert squeezed.shape == (1, 32, expected, expected)
+
+
+def test_conv_classifier_takes_a_map_as_small_as_its_kernel():
+    assert ConvClassifier(4, 8, 16, 3).eval()(torch.randn(1, 4, 8, 8))[1].shape == (1, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (5, 8)])
+def test_the_mean_of_a_map(size):
+    feature = torch.randn(3, 6, *size).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(MapMean()(feature), torch.nn.AdaptiveAvgPool2d(1)(feature))
+
+
+@pytest.mark.parametrize("attention_type", ["conv", "separable", "none"])
+@pytest.mark.parametrize("classifier_type", ["conv", "separable"])
+@pytest.mark.parametrize("size", [16, 13])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_folded_head_answers_alike(attention_type, classifier_type, size, batch_size):
+    head = random_head(attention_type, classifier_type)
+    feature = torch.randn(batch_size, 16, size, size)
+    for ours, theirs in zip(FoldedHead(head)(feature), head(feature)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folded_head_makes_fewer_calls():
+    """No batch norm, and for one image a convolution less wherever a depthwise and a pointwise one follow each other:
+    twice in the attention and once in the classifier. Wide heads stay as they are."""
+
+    def calls(head, batch_size):
+        with OperatorCounter() as counter:
+            head(torch.randn(batch_size, 16, 16, 16))
+        return counter.counts["convolution"], counter.counts["native_batch_norm"]
+
+    for head_width, single in ((32, 5), (512, 8)):
+        head = random_head("separable", "separable", head_width)
+        assert calls(head, 1) == calls(head, 2) == (8, 4)
+        assert calls(FoldedHead(head), 2) == (8, 0)
+        assert calls(FoldedHead(head), 1) == (single, 0)
+
+
+class OperatorCounter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def random_head(attention_type, classifier_type, head_width=32):
+    head = ExitHead(16, 4, 96, 10, attention_type, classifier_type, head_width)
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(values, 0.5, 2.0)
+    return head.eval()

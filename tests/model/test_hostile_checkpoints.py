@@ -1,0 +1,189 @@
+"""Checkpoints that mean harm: refused before anything of theirs is run or read, or memory is taken for it."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from hf_scan import ExitConfig, ScanForImageClassification
+
+from ..conftest import random_scan_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """In shards, with thresholds."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5])
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size="200KB")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
+    return tmp_path / "checkpoint"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class Harm:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("name", ["shards", "model.safetensors", "pytorch_model.bin"])
+def test_pickles_under_any_name(checkpoint, tmp_path, name):
+    harm = pickle.dumps(Harm(tmp_path / "mark"))
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if name == "shards":
+        shards[0].write_bytes(harm)
+    else:
+        for file in (*shards, checkpoint / "model.safetensors.index.json"):
+            file.unlink()
+        (checkpoint / name).write_bytes(harm)
+    with pytest.raises(OSError, match=r"cannot be read|no model that can be loaded"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("variant", [None, "v"])
+def test_shards_elsewhere(checkpoint, tmp_path, absolute, variant):
+    index = checkpoint / "model.safetensors.index.json"
+    if variant is not None:
+        index = index.rename(checkpoint / f"model.safetensors.index.{variant}.json")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = min(weight_map.values())
+    (checkpoint / first).rename(tmp_path / first)
+    there = str(tmp_path / first) if absolute else f"../{first}"
+    edit(index, weight_map={key: there if file == first else file for key, file in weight_map.items()})
+    with pytest.raises(ValueError, match="which is not a file beside it"):
+        ScanForImageClassification.from_pretrained(checkpoint, variant=variant)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", "../model.safetensors"])
+def test_a_configuration_that_names_its_weights(checkpoint, name):
+    edit(checkpoint / "config.json", transformers_weights=name)
+    with pytest.raises(ValueError, match=r"names \['transformers_weights'\]"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', "{", "[" * 100_000])
+def test_an_index_that_is_none(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="is not an index of weights"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "thresholds", ["[NaN, 0.5]", "[Infinity, 0.5]", "[-1e308, 0.5]", "[1e308, 0.5]", "[[0.5], 0.5]", "{}", '"0.5"']
+)
+def test_thresholds_out_of_range(checkpoint, thresholds):
+    (checkpoint / "exit_config.json").write_text(f'{{"thresholds": {thresholds}}}')
+    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"thresholds": [0.5, 0.5]', "\x00", "[0.5, 0.5]"])
+def test_an_exit_configuration_that_is_none(checkpoint, content):
+    (checkpoint / "exit_config.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+TOO_LARGE = [
+    {"num_labels": 10**9, "id2label": None, "label2id": None},
+    {"head_width": 10**9},
+    {"head_width": 8192},  # of heads that the weights leave out
+    {"num_channels": 10**9},
+    {"image_size": 10**9},
+    {"backbone_kwargs": {"channels": [10**9, 10**9, 10**9]}},
+    {"backbone_kwargs": {"nested": {"depths": [[10**12]]}}},
+    {"backbone_kwargs": {"layers": [60_000, 60_000, 60_000]}},
+    {"backbone_kwargs": {"layers": [1000, 1000, 1000]}},
+]
+
+
+def test_sizes_that_would_take_all_memory(checkpoint, tmp_path):
+    """Where the system lets it, in a process with little memory, where making anything of that size fails."""
+    folders = []
+    for index, changes in enumerate(TOO_LARGE):
+        folders.append(shutil.copytree(checkpoint, tmp_path / str(index)))
+        edit(folders[-1] / "config.json", **changes)
+    code = """
+import sys
+from hf_scan import ScanForImageClassification
+if sys.platform == "linux":
+    import resource
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+for folder in sys.argv[1:]:
+    try:
+        ScanForImageClassification.from_pretrained(folder)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(TOO_LARGE)
+    said = ("and at most", "a number beyond", "more than 2048 in all")
+    assert all(any(words in line for words in said) for line in lines)
+
+
+def test_code_is_not_run_unasked(checkpoint, tmp_path):
+    """Neither where `hf_scan` is installed, with its own classes, nor where it is not."""
+    (checkpoint / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'mark')!r})\nclass Evil: pass\n")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}
+    edit(checkpoint / "config.json", auto_map=names)
+    model = AutoModelForImageClassification.from_pretrained(checkpoint, trust_remote_code=True)
+    assert type(model) is ScanForImageClassification
+    code = f"""
+import sys
+sys.modules["hf_scan"] = None
+from transformers import AutoModelForImageClassification
+AutoModelForImageClassification.from_pretrained({str(checkpoint)!r}, trust_remote_code=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "trust_remote_code" in done.stderr
+    assert done.returncode != 0
+    assert not (tmp_path / "mark").exists()
+
+
+def test_an_adapter_that_names_another_model(checkpoint, tmp_path, monkeypatch):
+    """With `peft`, Transformers would load that in place of this."""
+    monkeypatch.setattr("hf_scan.model.hub_mixin.is_peft_available", lambda: True)
+    ScanForImageClassification.from_pretrained(checkpoint)
+    adapter = {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"holds 'adapter_config.json', by which Transformers would load"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_a_kernel_from_the_hub(checkpoint, name):
+    edit(checkpoint / "config.json", **{name: "bob/evil-kernel"})
+    with pytest.raises(ValueError, match="names the kernel 'bob/evil-kernel'"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("search", ['{"accuracy": NaN}', '{"accuracy": 1e400}'])
+def test_what_could_not_be_saved_again(checkpoint, search):
+    (checkpoint / "exit_config.json").write_text(f'{{"thresholds": [0.5, 0.5], "search": {search}}}')
+    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+def test_a_guarantee_of_nothing(checkpoint):
+    """One that does not say what rule it is of would be shown for any."""
+    edit(checkpoint / "exit_config.json", guarantee={"loss": "gap", "max_drop": 0.1, "delta": 0.05, "n": 10**6})
+    with pytest.raises(ValueError, match="The guarantee is of None"):
+        ScanForImageClassification.from_pretrained(checkpoint)

@@ -1,0 +1,701 @@
+import copy
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import timm
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
+
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+from hf_scan.model.exit_criteria import confidence_of
+from hf_scan.model.exit_rule import apply_exit_rule
+from hf_scan.model.folded_heads import FoldedHead
+from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.training.baseline import plain_copy
+
+from ..conftest import random_scan_model
+from .test_stages import EVERY_FAMILY
+
+
+BACKBONES = ["cifar_resnet20", "test_resnet", "resnetblur18", "convnext_atto", "test_efficientnet"]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_backbone_is_the_original(name):
+    """timm's own initialisation, timm's names, timm's answer to the bit."""
+    torch.manual_seed(3)
+    plain = timm.create_model(name, num_classes=5).eval()
+    torch.manual_seed(3)
+    model = ScanForImageClassification(ScanConfig(backbone=name, num_labels=5)).eval()
+    assert type(model.backbone) is type(plain)
+    assert list(model.backbone.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.backbone.state_dict().values(), plain.state_dict().values()))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        out = model(images)
+        assert torch.equal(out.logits, plain(images))
+        assert torch.equal(out.exit_logits[-1], model.backbone(images))
+        assert torch.equal(out.logits, out.exit_logits[-1])
+    assert len(out.exit_logits) == model.num_exits
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_save_and_load_give_the_same_bits(name, tmp_path):
+    model = random_scan_model(backbone=name, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is ScanForImageClassification
+    assert not loaded.training
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    buffers = zip(loaded.buffers(), model.buffers())
+    assert all(torch.equal(a, b) for a, b in buffers)  # those that no file holds too
+    # Weights read from a file lie at other addresses, for which oneDNN can choose another kernel. A copy's do not.
+    with torch.no_grad():
+        answers, expected = copy.deepcopy(loaded)(images).exit_logits, model(images).exit_logits
+    torch.testing.assert_close(answers, expected)
+
+
+def test_a_timm_checkpoint_loads_unchanged():
+    plain = timm.create_model("test_resnet", num_classes=5).eval()
+    model = ScanForImageClassification(ScanConfig(backbone="test_resnet", num_labels=5)).eval()
+    model.backbone.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, plain(images))
+
+
+def test_output_is_what_transformers_users_expect(model, images):
+    out = model(images, labels=torch.arange(24) % 5)
+    assert list(out.keys()) == ["loss", "logits", "exit_logits", "ensemble_logits"]
+    assert out[0] is out.loss
+    assert model(images)[0].shape == (24, 5)
+    expected = sum(torch.nn.functional.cross_entropy(logits, torch.arange(24) % 5) for logits in out.exit_logits)
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(out.ensemble_logits, sum(out.exit_logits) / 3)
+    assert isinstance(model(images, return_dict=False), tuple)
+
+
+def test_exit_features_lead_to_the_logits(model, images):
+    out = model(images, output_exit_features=True)
+    assert [feature.shape for feature in out.exit_features] == [(24, 64)] * 3
+    torch.testing.assert_close(model.backbone.get_classifier()(out.exit_features[-1]), out.logits)
+    torch.testing.assert_close(model.exit_heads[0].classifier.fc(out.exit_features[0]), out.exit_logits[0])
+    assert not out.exit_features[-1].requires_grad
+    # Where the deepest feature is wider than an exit's own, the two are made comparable.
+    wide = ScanForImageClassification(ScanConfig(backbone="cifar_resnet50", image_size=8)).eval()
+    assert {feature.shape for feature in wide(images[..., :8, :8], output_exit_features=True).exit_features} == {
+        (24, 2048)
+    }
+    assert wide.exit_heads[0].classifier.fc.in_features == 512
+
+
+def test_attention_masks(model, images):
+    out = model(images, output_attentions=True)
+    assert [mask.shape[:2] for mask in out.attentions] == [(24, 64)] * 2
+    assert all(mask.min() > 0 and mask.max() < 1 for mask in out.attentions)
+    # What the exit sees is its feature through the mask.
+    (feature,) = model.run_stage(0, (images,))
+    head = model.exit_heads[0]
+    _, logits = head.classifier(head.squeeze(feature) * out.attentions[0])
+    torch.testing.assert_close(logits, out.exit_logits[0])
+    assert model(images).attentions is None
+    without = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", attention_type="none", num_labels=3))
+    assert without(images, output_attentions=True).attentions is None
+
+
+def test_features_of_the_stages_lead_to_the_same_answers(model, images):
+    features = model.extract_features(images)
+    assert len(features) == 3
+    for answer, expected in zip(model(stage_features=features).exit_logits, model(images).exit_logits):
+        assert torch.equal(answer, expected)
+    with pytest.raises(ValueError, match="Neither `pixel_values` nor `stage_features` are given"):
+        model()
+
+
+@pytest.mark.parametrize(
+    "backbone", ["cifar_resnet20", "resnetblur18", "test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"]
+)
+@pytest.mark.parametrize("exit_index", [0, 1])
+def test_a_truncated_network_answers_as_its_exit_does(backbone, exit_index, tmp_path):
+    """To the bit, smaller on the disk, and like any other: saved, loaded, copied, trained."""
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=4)).eval()
+    images = torch.randn(3, 3, model.config.image_size, model.config.image_size)
+    small = model.truncate(exit=exit_index)
+    with torch.no_grad():
+        expected = model(images).exit_logits[exit_index]
+        assert torch.equal(small(images).logits, expected)
+        assert small(images).exit_logits[0] is not None
+        assert len(small(images).exit_logits) == small.num_exits == 1
+        answer = small.predict_adaptive(images)
+        torch.testing.assert_close(answer.logits, expected, rtol=1e-3, atol=1e-4)
+        assert answer.exit_index.tolist() == [0, 0, 0]
+    small.save_pretrained(tmp_path / "small")
+    model.save_pretrained(tmp_path / "whole")
+    bytes_of = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "whole")}
+    assert bytes_of["small"] < 0.8 * bytes_of["whole"]
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    for other in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        state, weights = other.state_dict(), small.state_dict()
+        assert list(state) == list(weights)
+        assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+        with torch.no_grad():
+            torch.testing.assert_close(other(images).logits, expected, rtol=1e-3, atol=1e-4)
+        assert other.exit_config == ExitConfig(thresholds=[], fallback="deepest")
+    small.train()(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+    projection = small.exit_heads[0].hint_projection
+    assert all(
+        parameter.grad is not None
+        for name, parameter in small.named_parameters()
+        if parameter not in set(projection.parameters()) and "pos_embed" not in name
+    )
+    assert model(images).exit_logits[-1].shape == (3, 4)  # which is whole as before
+
+
+@pytest.mark.parametrize("exit_index", [2, -1])
+def test_truncation_where_there_is_no_early_exit(model, exit_index):
+    with pytest.raises(ValueError, match=rf"`exit` is {exit_index}; this network can be truncated at \[0, 1\]"):
+        model.truncate(exit=exit_index)
+    with pytest.raises(ValueError, match=r"`exit` is 0; this network can be truncated at \[\]"):
+        model.truncate(exit=0).truncate(exit=0)
+    with pytest.raises(ValueError, match="A truncated network ends at its one exit point"):
+        ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", truncated=True))
+
+
+def test_the_saved_configuration_says_what_was_left_to_defaults(tmp_path):
+    ScanForImageClassification(ScanConfig(backbone="test_resnet", num_labels=5)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["exit_points"] == ["layer1", "layer2", "layer3"]
+    assert saved["image_size"] == 160
+
+
+def test_exit_config_travels_with_the_weights(tmp_path, images):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4, 0.5], search={"method": "genetic"})
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.exit_config == model.exit_config
+    answer, expected = loaded.predict_adaptive(images), model.predict_adaptive(images)
+    assert torch.equal(answer.exit_index, expected.exit_index)
+    # Weights read from a file lie at other addresses, for which oneDNN can choose another kernel at batch 1.
+    torch.testing.assert_close(answer.logits, expected.logits)
+    other = ExitConfig(thresholds=[0.1, 0.1, 0.1])
+    assert ScanForImageClassification.from_pretrained(tmp_path, exit_config=other).exit_config == other
+    # Thresholds of other weights do not stay behind.
+    random_scan_model(seed=1).save_pretrained(tmp_path)
+    assert ScanForImageClassification.from_pretrained(tmp_path).exit_config == ExitConfig()
+
+
+def test_exit_config_is_there_before_anything_is_pushed(tmp_path, monkeypatch):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4, 0.5])
+    pushed = {}
+
+    def push_to_hub(repo_id, **kwargs):
+        pushed[repo_id] = (tmp_path / "exit_config.json").is_file()
+
+    monkeypatch.setattr(model, "push_to_hub", push_to_hub)
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/scan")
+    assert pushed == {"me/scan": True}
+
+
+def test_thresholds_do_not_stay_with_new_weights(tmp_path):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.3, 0.4], fallback="deepest")
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert loaded.exit_config == ExitConfig(fallback="deepest")
+    # Heads without the attention they were trained with are others too.
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, attention_type="none")
+    assert loaded.exit_config == ExitConfig(fallback="deepest")
+
+
+def test_exit_config_of_another_network_is_refused(tmp_path):
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5] * 9)
+    with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    random_scan_model().save_pretrained(tmp_path)
+    ExitConfig(thresholds=[0.5] * 9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_loaded_as_any_type(dtype, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    assert {tensor.dtype for tensor in loaded.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    expected = model.exit_heads[0].classifier.fc.weight
+    assert torch.equal(loaded.exit_heads[0].classifier.fc.weight, expected.to(dtype))
+
+
+def test_loading_information_and_dtype(tmp_path):
+    random_scan_model().save_pretrained(tmp_path)
+    model, info = ScanForImageClassification.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float64)
+    assert not info["missing_keys"]
+    assert model.dtype == torch.float64
+
+
+def test_other_number_of_labels(tmp_path, images):
+    random_scan_model().save_pretrained(tmp_path)
+    model = ScanForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert all(logits.shape == (24, 9) and logits.isfinite().all() for logits in model(images).exit_logits)
+
+
+def test_pipeline_and_image_processor(tmp_path):
+    model = random_scan_model(image_size=None)
+    model.save_pretrained(tmp_path)
+    create_image_processor(model).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    image = torch.randint(0, 255, (50, 40, 3), dtype=torch.uint8).numpy()
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 32, 32)
+    from PIL import Image
+
+    top = pipeline("image-classification", model=str(tmp_path), device="cpu")(Image.fromarray(image), top_k=1)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+    assert top[0]["label"] == model.config.id2label[int(logits.argmax())]
+
+
+def test_half_precision(images):
+    model = random_scan_model().half()
+    assert model.predict_adaptive(images.half(), thresholds=[0.4, 0.4]).logits.dtype == torch.float16
+
+
+def test_compiles_as_a_whole(images):
+    model = random_scan_model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images).exit_logits, model(images).exit_logits)
+
+
+def test_a_copy_runs_its_own_modules(images):
+    model = random_scan_model()
+    twin = copy.deepcopy(model)
+    twin.backbone.conv1.weight.data.zero_()
+    assert not torch.equal(twin(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 16, 16), r"has shape \(2, 16, 16\); expected \(batch_size, 3, height, width\)"),
+        ((2, 1, 16, 16), r"has shape \(2, 1, 16, 16\); expected \(batch_size, 3"),
+        ((0, 3, 16, 16), r"is empty, of shape \(0, 3, 16, 16\)"),
+        ((2, 3, 0, 16), "is empty"),
+    ],
+)
+def test_bad_shapes(model, shape, message):
+    for call in (model, lambda pixels: model.predict_adaptive(pixels, thresholds=[0.5, 0.5])):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(shape))
+
+
+def test_pixels_that_are_no_floats(model):
+    with pytest.raises(ValueError, match=r"holds torch\.uint8; expected floating-point numbers"):
+        model(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_unknown_backbone_arguments():
+    with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {.*'depth': 3}: .* Correct"):
+        ScanForImageClassification(ScanConfig(backbone="resnet18", backbone_kwargs={"depth": 3}))
+
+
+def test_a_backbone_of_fixed_size_is_made_for_the_image_size():
+    config = ScanConfig(backbone="swin_tiny_patch4_window7_224", num_labels=3, image_size=112)
+    model = ScanForImageClassification(config).eval()
+    images = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model.backbone(images))
+
+
+def test_code_in_the_checkpoint_is_enough(tmp_path):
+    """Saved with its code, it answers alike where `hf_scan` is not installed; and saving leaves no mark."""
+    model = random_scan_model(image_size=32)
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5, 0.5])
+    model.save_pretrained(tmp_path / "code", include_code=True)
+    model.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    for folder in ("plain", "code"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert ("auto_map" in config) == (folder == "code")
+        assert "_auto_class" not in config
+    # With `hf_scan`, its own classes answer; saved again without code, the configuration names none.
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "code", trust_remote_code=True)
+    assert type(again) is ScanForImageClassification
+    again.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    load = """
+import sys
+sys.modules["hf_scan"] = None
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+images = torch.load("images.pt")
+model = AutoModelForImageClassification.from_pretrained("code", trust_remote_code=True)
+AutoImageProcessor.from_pretrained("code")
+with torch.no_grad():
+    logits = model(images).logits
+torch.save((logits, model.predict_adaptive(images).exit_index), "answers.pt")
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits, exit_index = torch.load(tmp_path / "answers.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(images).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(exit_index, model.predict_adaptive(images).exit_index)
+
+
+def test_non_finite_pixels(model, images):
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        model(images * float("nan"))
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_labels_out_of_range(model, images, label):
+    with pytest.raises(ValueError, match=r"`labels` holds values .* expected class indices from 0 to 4"):
+        model(images[:2], labels=torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2), torch.zeros(2, dtype=torch.int32)]
+)
+def test_labels_of_another_shape_or_type(model, images, labels):
+    with pytest.raises(
+        ValueError, match=r"`labels` has shape .* expected \(batch_size,\) class indices of torch.int64"
+    ):
+        model(images[:2], labels=labels)
+
+
+def test_one_label_is_refused():
+    with pytest.raises(ValueError, match="`num_labels` is 1; a classifier needs at least 2"):
+        ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=1))
+
+
+def test_folder_without_weights(tmp_path):
+    ScanConfig().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors.* Write one there with `save_pretrained`"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -100])
+def test_truncated_weights(tmp_path, keep):
+    random_scan_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(OSError, match=r"truncated or is not a safetensors file\. Save or download it again"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_checkpoint_of_another_model_type(tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="configuration of a 'resnet' model"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_missing_backbone_weights_are_refused(tmp_path):
+    """Left alone, they would be raw memory."""
+    model = random_scan_model()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "backbone.layer2" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lack \d+ of the backbone's, the first being 'backbone\.layer2"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    """A checkpoint that has only a pickle is one without weights."""
+    model = random_scan_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        ScanForImageClassification.from_pretrained(tmp_path)
+
+
+FAMILIES = [
+    "test_vit",
+    "xcit_nano_12_p8_224",
+    "swin_tiny_patch4_window7_224",
+    "pit_ti_224",
+    "selecsls42",
+    "cifar_wrn20_8",
+]
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_any_family_trains_and_exits(backbone):
+    """Tokens, channels last, several tensors between stages: the promises are the same."""
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=4))
+    size = model.config.image_size
+    images = torch.randn(6, 3, size, size)
+    output = model(images, labels=torch.tensor([0, 1, 2, 3, 0, 1]), output_exit_features=True)
+    (output.loss + sum(feature.mean() for feature in output.exit_features)).backward()
+    assert all(parameter.grad is not None for parameter in model.exit_heads.parameters())
+    assert len({feature.shape for feature in output.exit_features}) == 1
+    model.eval()
+    with torch.no_grad():
+        output = model(images)
+        assert torch.equal(output.logits, model.backbone(images))
+        # Thresholds in the middle of what these images give, so that some leave at each exit.
+        config = ExitConfig([float(confidence_of(logits).median()) for logits in output.exit_logits[:-1]])
+        simulated = apply_exit_rule(output.exit_logits, config)
+    answer = model.predict_adaptive(images, config)
+    assert torch.equal(answer.exit_index, simulated.exit_index)
+    assert len(answer.exit_index.unique()) > 1
+    torch.testing.assert_close(answer.logits, simulated.logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY_FAMILY)
+def test_every_family_saves_and_loads(name):
+    """The deepest answer is the plain model's to the bit, heads or not, and a checkpoint holds every bit."""
+    torch.manual_seed(0)
+    model = ScanForImageClassification(ScanConfig(backbone=name, num_labels=10)).eval()
+    images = torch.randn(1, *model.backbone.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        output = model(images)
+        assert torch.equal(output.logits, model.backbone(images))
+    # Not `tmp_path`, which pytest keeps: these are gigabytes.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = ScanForImageClassification.from_pretrained(folder)
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        with torch.no_grad():
+            answers = loaded(images).exit_logits
+        # After a run, since some networks compute theirs when they see the first image.
+        assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
+    for answer, expected in zip(answers, output.exit_logits, strict=True):
+        torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, images = random_scan_model(), torch.randn(4, 3, 16, 16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0  # recomputing a stage counts its batch a second time
+    model.train()
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model.zero_grad()
+        model(images, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients))
+
+
+def test_copies_and_pickles(model, images):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images).logits, model(images).logits)
+        assert torch.equal(
+            other.predict_adaptive(images, thresholds=[0.5, 0.5]).logits.isfinite().all(), torch.tensor(True)
+        )
+
+
+def test_a_stage_can_be_exported(model, images):
+    class FirstStage(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model.backbone
+
+        def forward(self, pixel_values):
+            return model.stages[0].run(self.backbone, (pixel_values,))[0]
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(FirstStage(), (images,), dynamic_shapes={"pixel_values": {0: batch}})
+    torch.testing.assert_close(program.module()(images[:5]), model.run_stage(0, (images[:5],))[0])
+
+
+def test_the_whole_model_and_a_stage_compile(model, images):
+    """Traced and guarded by `torch.compile`, without the compiler of the machine."""
+    with torch.no_grad():
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(whole(images).logits, model(images).logits)
+        stage = torch.compile(model.stages[0].run, backend="eager", fullgraph=True)
+        assert torch.equal(stage(model.backbone, (images,))[0], model.run_stage(0, (images,))[0])
+
+
+def test_channels_last(model, images):
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    pixels = images.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(last(pixels).exit_logits, model(images).exit_logits, rtol=1e-3, atol=1e-4)
+    (feature,) = last.run_stage(0, (pixels,))
+    assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast(model, images):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        output = model(images)
+        answer = model.predict_adaptive(images, thresholds=[0.4, 0.4])
+    assert {logits.dtype for logits in (*output.exit_logits, answer.logits)} == {torch.float16}
+    for half, full in zip(output.exit_logits, model(images).exit_logits):
+        assert (half - full).norm() < 0.05 * full.norm()
+    assert answer.exit_index.unique().tolist() == [0, 1, 3]
+
+
+def test_frozen_backbone_gets_no_gradient(images):
+    model = random_scan_model().train()
+    model.backbone.requires_grad_(False)
+    model(images[:4], labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.exit_heads.parameters())
+
+
+@pytest.mark.parametrize("placement", ["auto", {"backbone": "cpu", "exit_heads": "disk"}], ids=["auto", "heads"])
+def test_device_map(model, images, placement, tmp_path):
+    """Also with weights that stay on the disk until a module needs them."""
+    model.save_pretrained(tmp_path)
+    loaded = ScanForImageClassification.from_pretrained(
+        tmp_path, device_map=placement, offload_folder=tmp_path / "offloaded"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).exit_logits, model(images).exit_logits)
+    thresholds = [0.4, 0.4]
+    answer = loaded.predict_adaptive(images, thresholds=thresholds)
+    assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
+
+
+def test_compiled_stages_take_batches_of_any_size(images):
+    """Compiled for the first size and a few ranges, as PyTorch divides them, not for each that remains of a batch."""
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager", fullgraph=True)
+    alike = random_scan_model()
+    alike._compiled = {f"head {index}": FoldedHead(head) for index, head in enumerate(alike.exit_heads)}
+    policy = {"thresholds": [0.6, 0.6, 0.6]}
+    for size in (24, 20, 8, 1):
+        model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (24, 19, 11, 5, 1):
+            found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, alike))
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits)
+            plain = expected.predict_adaptive(images[:size].clone(), **policy)
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other.predict_adaptive(images, **policy).logits, plain_logits(expected, images))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler for CPUs needs a C++ compiler")
+@pytest.mark.parametrize("freezing", [False, True])
+def test_stages_are_really_compiled(images, freezing):
+    """By PyTorch's own compiler, with weights laid out beforehand and without."""
+    model, expected = (random_scan_model(exit_points=["layer1"]) for _ in range(2))
+    model.compile_stages()
+    policy = {"thresholds": [0.6, 0.6]}
+    with torch._inductor.config.patch(freezing=freezing):
+        for size in (24, 1):
+            found, plain = (network.predict_adaptive(images[:size], **policy) for network in (model, expected))
+            assert torch.equal(found.exit_index, plain.exit_index)
+            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_compiled_does_not_outlive_its_weights(images):
+    policy = {"thresholds": [0.2, 0.2, 0.2]}
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager")
+    for network in (model, expected):
+        network.train().exit_heads[0].classifier.fc.bias.data.add_(1.0)
+    found, plain = (network.eval().predict_adaptive(images, **policy) for network in (model, expected))
+    assert torch.equal(found.logits, plain.logits)
+    assert (found.exit_index == 0).any()
+
+
+def test_what_is_compiled_moves_along(images):
+    policy = {"thresholds": [0.2, 0.2, 0.2]}
+    model, expected = random_scan_model(), random_scan_model()
+    model.compile_stages(backend="eager")
+    found, plain = (network.double().predict_adaptive(images.double(), **policy) for network in (model, expected))
+    assert found.logits.dtype == torch.float64
+    torch.testing.assert_close(found.logits, plain.logits, rtol=1e-4, atol=1e-5)
+
+
+def plain_logits(model, images):
+    return model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6]).logits
+
+
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_other_channels(num_channels):
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_channels=num_channels)).eval()
+    assert model(torch.randn(2, num_channels, 32, 32)).logits.shape == (2, 2)
+
+
+def test_images_smaller_than_the_deepest_reduction():
+    model = ScanForImageClassification(ScanConfig(backbone="test_resnet")).eval()
+    with pytest.raises(ValueError, match=r"32 times smaller than the image; expected a height and width of at least"):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_from_timm_takes_over_weights_labels_and_preprocessing(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("resnet18.a1_in1k").eval()
+    source.pretrained_cfg["crop_pct"] = 0.5  # as a repository of weights may say
+    model = ScanForImageClassification.from_timm(source).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images).logits, source(images))
+    assert model.config.backbone == "resnet18.a1_in1k"
+    assert model.config.id2label[0] == "tench, Tinca tinca"
+    assert create_image_processor(model).crop_pct == 0.5
+    model.save_pretrained(tmp_path)
+    assert create_image_processor(ScanForImageClassification.from_pretrained(tmp_path)).crop_pct == 0.5
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_a_plain_copy_is_the_backbone(backbone):
+    """As large as the network was made, where that is not what timm makes by itself."""
+    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=3, image_size=64, num_channels=1))
+    images = torch.randn(2, 1, 64, 64)
+    plain = plain_copy(model).eval()
+    assert torch.equal(plain(images).logits, model.eval()(images).logits)
+
+
+def test_from_timm_with_other_labels_starts_the_classifier_anew():
+    source = timm.create_model("test_resnet", num_classes=6)
+    model = ScanForImageClassification.from_timm(source, num_labels=3, exit_points=["layer2"])
+    assert model.num_exits == 2
+    assert model.backbone.get_classifier().weight.shape[0] == model.config.num_labels == 3
+    assert torch.equal(model.backbone.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+    by_name = ScanForImageClassification.from_timm("test_resnet", num_labels=3)
+    assert by_name.config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        (lambda: "nope", {}, "timm cannot make 'nope'"),
+        (lambda: torch.nn.Linear(2, 2), {}, "Linear without timm's `pretrained_cfg`"),
+        (lambda: timm.create_model("test_resnet"), {"pretrained": True}, "`pretrained` is for a model .* by name"),
+        (lambda: timm.create_model("test_resnet", in_chans=1), {}, "size mismatch .* Give the `backbone_kwargs`"),
+        (lambda: timm.create_model("test_resnet", act_layer="silu"), {}, "the answers differ. Give the"),
+        (lambda: timm.create_model("test_resnet", num_classes=0), {}, "needs at least 2"),
+        (lambda: "test_resnet", {"num_labels": 1}, "`num_labels` is 1; .* at least 2"),
+    ],
+)
+def test_from_timm_refuses_what_it_cannot_describe(source, arguments, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ScanForImageClassification.from_timm(source(), **arguments)

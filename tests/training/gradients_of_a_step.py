@@ -1,0 +1,45 @@
+"""Run by `test_trainer.py` in one process and in two: the gradients of one step over the same eight images."""
+
+import sys
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from hf_scan import ScanTrainer, ScanTrainingArguments
+
+from ..conftest import random_scan_model
+from .test_trainer import rows
+
+
+def main(output_dir: str, expected_processes: int) -> None:
+    set_seed(0)
+    model = random_scan_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # whose statistics are each process's own
+            module.train = lambda mode=True, module=module: module
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    args = ScanTrainingArguments(
+        output_dir,
+        max_steps=1,
+        per_device_train_batch_size=8 // expected_processes,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    assert args.world_size == expected_processes, args.world_size
+    ScanTrainer(model, args, train_dataset=rows(8)).train()
+    if args.process_index == 0:
+        steps = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+        torch.save(steps, f"{output_dir}/gradients.pt")
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
