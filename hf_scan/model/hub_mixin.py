@@ -33,6 +33,23 @@ OBSOLETE = [
 ]
 
 
+MINIMAL_CARD = """---
+{metadata}
+---
+
+# {name}
+
+An image classifier with early exits.
+
+```python
+import hf_scan
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{name}")
+```
+"""
+
+
 class HubMixin(PreTrainedModel):
     """Loading, saving and pushing for [`ScanForImageClassification`]."""
 
@@ -193,9 +210,8 @@ class HubMixin(PreTrainedModel):
         except LocalEntryNotFoundError:
             return None
         except EntryNotFoundError:
-            return ModelCard.from_template(
-                ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
-            )
+            data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
+            return ModelCard(MINIMAL_CARD.format(metadata=data.to_yaml(), name=repo_id))
         except Exception as error:  # of the client, whose kinds differ between its versions
             logger.warning(f"The card of {repo_id} cannot be read ({error}), and is left as it is.")
             return None
