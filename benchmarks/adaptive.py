@@ -161,7 +161,7 @@ class Networks:
             self.compiled.compile_stages()
         # Of the form that is fastest.
         costs = measure_costs(self.compiled or self.model, batch_size=max(BATCH_SIZES), threads=1)
-        self.model.exit_config = self.own.update(costs=costs.to_dict())
+        self.model.exit_config = self.own.replace(costs=costs)
         # What an exit costs for a single image, beside what it saves, it does not cost in a batch.
         wanted = [(drop, size) for drop in DROPS for size in TUNED_FOR]
         self.points = {(drop, size): self.operating_point(drop, size, "ensemble", "deepest") for drop, size in wanted}

@@ -275,7 +275,7 @@ def main(arguments: argparse.Namespace) -> None:
     splits, dataset, seed = load_splits(arguments)
     search, test = (collect_exit_logits(model, splits[name], name) for name in ("search", "test"))
     if not arguments.milliseconds:
-        model.exit_config = model.exit_config.update(costs=None)
+        model.exit_config = model.exit_config.replace(costs=None)
     prices = Prices.of(model)
     costs = prices.cumulative(RULE)[: model.num_exits]
     table = ExitTable(

@@ -114,7 +114,7 @@ def draw(model: ScanForImageClassification, search: ExitTable, test: ExitTable, 
     last = "most confident" if config.fallback == "most_confident" else "ensemble"
     names = [*(f"exit {index}" for index in range(model.num_exits)), last]
     frontier = exit_frontier(search, config, prices.cumulative)
-    every = config.update(thresholds=[0.5] * (model.num_exits - 1))
+    every = config.replace(thresholds=[0.5] * (model.num_exits - 1))
     scores, predictions = search.columns(every)
     columns = model.num_exits + (config.fallback != "deepest")
     right = (predictions == search.labels[:, None])[:, :columns]
@@ -133,7 +133,7 @@ def draw(model: ScanForImageClassification, search: ExitTable, test: ExitTable, 
     monitor.update(answers)
     shares = {search.split: monitor.exit_shares_at_calibration, test.split: monitor.exit_shares}
     plot_exit_shares(shares, names, folder / "exits.png")
-    confidences, predictions = test.columns(config.update(criterion="confidence"))
+    confidences, predictions = test.columns(config.replace(criterion="confidence"))
     plot_reliability(confidences, predictions == test.labels[:, None], names, folder / "reliability.png")
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     if arguments.measure:
         print(f"Measuring the exits in batches of {arguments.batch_size}", flush=True)
         costs = measure_costs(model.to(memory_format=torch.channels_last), arguments.batch_size)
-        model.exit_config = model.exit_config.update(costs=costs.to_dict())
+        model.exit_config = model.exit_config.replace(costs=costs)
 
     wish = arguments.wish()
     names = ("fallback", "criterion", "temperatures", "batch_size")

@@ -97,7 +97,7 @@ def main(output_dir: Path, epochs: int) -> None:
         plain_scores = plain_trainer.evaluate(test, metric_key_prefix="test")
 
     print("Measuring what each exit costs, and both networks in turns", flush=True)
-    model.exit_config = model.exit_config.update(costs=measure_costs(model, batch_size=64).to_dict())
+    model.exit_config = model.exit_config.replace(costs=measure_costs(model, batch_size=64))
     images = torch.stack([row["pixel_values"] for row in test]).to(model.device, memory_format=torch.channels_last)
     speedups = [
         realised_speedup(model, images[:100], batch_size=1, plain=plain.timm_model),

@@ -121,7 +121,7 @@ def calibrate(
     if latency == "p95" and batch_size != 1:
         raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
-    rule.update(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
+    rule.replace(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
     known = {name: getattr(model.exit_config, name) for name in ("trained_on", "costs")}
     prices = Prices.of(model, batch_size, macs="max_macs" in wish, milliseconds="max_latency_ms" in wish)
 
@@ -168,11 +168,13 @@ def calibrate(
                     "certify on." + (f" About {needed:,} would certify the next cheaper thresholds." if needed else "")
                 )
         thresholds = _as_list(frontier.thresholds[row])
-    config = rule.update(thresholds=thresholds, searched_on=digests_as_text(table.samples), **known)
+    config = rule.replace(
+        thresholds=thresholds, searched_on=digests_as_text(table.samples), weights=table.model, **known
+    )
     search = {**found, **_facts(table), **_outcome(table, config, prices)}
-    config = config.update(search=search, reference=_reference(table, config))
+    config = config.replace(search=search, reference=_reference(table, config))
     if guarantee is not None:
-        config = config.update(guarantee={**certificate.to_dict(), **_facts(tables[1]), "rule": config.rule})
+        config = config.replace(guarantee={**certificate.to_dict(), **_facts(tables[1]), "rule": config.rule})
     return config
 
 
@@ -202,7 +204,7 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
     check_usable(table, config)
     policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
     certificate = _certified(table, config, policy, bound)
-    return config.update(guarantee={**certificate.to_dict(), **_facts(table), "rule": config.rule})
+    return config.replace(guarantee={**certificate.to_dict(), **_facts(table), "rule": config.rule})
 
 
 def _genetic(
@@ -299,7 +301,7 @@ def _mostly_within(
 def _in_shrinking_batches(table: ExitTable, rule: ExitConfig, prices: Prices, frontier: Frontier) -> Frontier:
     """The frontier counts full batches; what is left of one takes longer for each image."""
     frontier = _thinned(frontier)
-    policies = [rule.update(thresholds=_as_list(thresholds)) for thresholds in frontier.thresholds]
+    policies = [rule.replace(thresholds=_as_list(thresholds)) for thresholds in frontier.thresholds]
     cost = np.array([prices.mean(policy, _shares(table, policy)) for policy in policies])
     return Frontier(frontier.accuracy, cost, frontier.thresholds).select(undominated(frontier.accuracy, cost))
 
@@ -350,7 +352,7 @@ def _needed_by_next(table: ExitTable, rule: ExitConfig, cheaper: np.ndarray, bou
 
 def _answers(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> np.ndarray:
     """The classes that a policy answers, `(n,)`."""
-    config = rule.update(thresholds=_as_list(thresholds))
+    config = rule.replace(thresholds=_as_list(thresholds))
     return apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config).logits.argmax(dim=-1).numpy()
 
 
@@ -362,7 +364,7 @@ def _shares(table: ExitTable, config: ExitConfig) -> list[float]:
 def _left_at(table: ExitTable, config: ExitConfig) -> np.ndarray:
     # What answers with the most confident of all exits, or with the deepest, has left at none of them.
     return apply_exit_rule(
-        torch.from_numpy(table.logits).unbind(dim=1), config.update(fallback="ensemble")
+        torch.from_numpy(table.logits).unbind(dim=1), config.replace(fallback="ensemble")
     ).exit_index.numpy()
 
 

@@ -50,7 +50,7 @@ def exit_frontier(
     problems, found = [], []
     for exits_on in combinations:
         thresholds = [0.5 if index in exits_on else None for index in range(table.num_exits - 1)]
-        config = exit_config.update(thresholds=thresholds)
+        config = exit_config.replace(thresholds=thresholds)
         columns = sorted({*exits_on, table.num_exits - 1, last})
         scores, predictions = table.columns(config)
         right = predictions[:, columns] == truth[:, None]

@@ -20,7 +20,7 @@ def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> No
         raise ValueError(
             f"The {tables[0].split!r} split certified the thresholds that the model has; a search on it would undo "
             "that. Search on other images, or set `model.exit_config.guarantee` aside first with "
-            "`model.exit_config.update(guarantee=None)`."
+            "`model.exit_config.replace(guarantee=None)`."
         )
     if given:
         check_not_among(tables[1], config.searched_on, "Thresholds were searched")

@@ -56,7 +56,7 @@ class Prices:
         if model.exit_config.costs is None and milliseconds:
             raise ValueError(
                 "`max_latency_ms` needs to know how long the exits take here. Measure it: `model.exit_config = "
-                "model.exit_config.update(costs=measure_costs(model).to_dict())`."
+                "model.exit_config.replace(costs=measure_costs(model))`."
             )
         if model.exit_config.costs is None or macs:
             costs = count_macs(model)

@@ -116,7 +116,7 @@ def measure_costs(
             milliseconds each.
 
     Returns:
-        [`MeasuredCosts`]. `model.exit_config = model.exit_config.update(costs=costs.to_dict())` has them saved with
+        [`MeasuredCosts`]. `model.exit_config = model.exit_config.replace(costs=costs)` has them saved with
         the model.
 
     Raises:
@@ -240,7 +240,7 @@ def realised_speedup(
 
     seconds = interleaved_medians({"plain": run_plain, "adaptive": answers}, rounds=rounds, seconds_per_round=0.0)
     # What answers with the most confident of all exits has left at none of them.
-    leaving = model.exit_config.update(fallback="ensemble")
+    leaving = model.exit_config.replace(fallback="ensemble")
     exits = torch.cat([model.predict_adaptive(batch, leaving).exit_index for batch in batches])
     return RealisedSpeedup(
         batch_size=batch_size,

@@ -74,7 +74,7 @@ class AdaptiveInferenceMixin:
         check_eval_mode(self)
         model: Any = self
         model.check_pixel_values(pixel_values, values=True)
-        config = (exit_config or self.exit_config).update(**kwargs)
+        config = (exit_config or self.exit_config).replace(**kwargs)
         plan = plan_exits(config, model.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")

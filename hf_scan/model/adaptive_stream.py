@@ -72,7 +72,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; expected a whole number of at least 1.")
         model: Any = self
-        config = (exit_config or self.exit_config).update(**kwargs)
+        config = (exit_config or self.exit_config).replace(**kwargs)
         plan = plan_exits(config, model.num_exits, max_exit)
 
         def run(index: int, group: Group) -> tuple[list[Answers], Group | None]:

@@ -3,7 +3,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,47 +24,126 @@ logger = logging.get_logger(__name__)
 
 EXIT_CONFIG_NAME = "exit_config.json"
 
-# The fields of an `ExitConfig` that say who leaves where, and with which answer.
+# The fields of an `ExitConfig` that decide where a sample exits, and with which answer. All others are provenance.
 RULE = ("thresholds", "criterion", "temperatures", "fallback")
+PROVENANCE = ("search", "guarantee", "reference", "weights", "trained_on", "searched_on", "costs")
+# Provenance that does not hold for another rule.
+FOUND_FOR_THE_RULE = ("search", "guarantee", "reference", "weights")
+
+# Temperatures beyond these would make scores that are all alike, or not finite in half precision.
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-3, 1e3
+
+
+def _check_thresholds(thresholds: list[float | int | None] | None) -> None:
+    for threshold in thresholds or []:
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(
+                f"`thresholds` is {thresholds}; expected numbers in [0, 1], or None to switch an exit off."
+            )
+
+
+def _check_criterion(criterion: object) -> None:
+    if not callable(criterion) and criterion not in list(EXIT_CRITERIA):
+        raise ValueError(
+            f"`criterion` is {criterion!r}; expected one of {sorted(EXIT_CRITERIA)}, or a function of the logits so "
+            "far."
+        )
+
+
+def _check_temperatures(temperatures: list[float | int] | None) -> None:
+    for temperature in temperatures or []:
+        if not SMALLEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+            raise ValueError(
+                f"`temperatures` is {temperatures}; expected a number above 0 for each exit, from "
+                f"{SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}."
+            )
+
+
+def _check_reference(reference: dict[str, Any] | None) -> None:
+    if reference is None:
+        return
+    counts = reference.get("counts")
+    rows = counts if isinstance(counts, list) and all(isinstance(row, list) for row in counts) else []
+    numbers = [number for row in rows for number in row]
+    alike = len({len(row) for row in rows}) == 1 and all(
+        isinstance(number, (int, float)) and 0 <= number < float("inf") for number in numbers
+    )
+    if not alike or not sum(numbers) > 0:
+        raise ValueError(
+            "`reference` does not hold the `counts` that `calibrate` writes, a row of numbers for each exit. Find the "
+            "thresholds anew, or leave `reference` out."
+        )
+
+
+def _check_guarantee(guarantee: dict[str, Any], rule: dict[str, Any]) -> None:
+    if guarantee.get("rule") != rule:
+        raise ValueError(
+            f"The guarantee is of {guarantee.get('rule')}, and the exit configuration has {rule}. Set fields with "
+            "`replace`, which drops the guarantee, or certify anew with `hf_scan.certify_thresholds`."
+        )
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    "thresholds": _check_thresholds,
+    "criterion": _check_criterion,
+    "temperatures": _check_temperatures,
+    "reference": _check_reference,
+}
+
+
+def _as_list(name: str, values: Any) -> list[float | None]:
+    """Return the numbers of a tuple, an array or a tensor."""
+    try:
+        return [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        kind = "a number in [0, 1] or None" if name == "thresholds" else "a number above 0"
+        raise ValueError(f"`{name}` is {values!r}; expected {kind} for each exit.") from error
 
 
 @strict
 @dataclass
 class ExitConfig:
     """
-    How a network with early exits answers, as [`~transformers.GenerationConfig`] is how a language model generates.
-    Saved beside the weights as `exit_config.json`.
+    A rule by which a network with early exits answers, as [`~transformers.GenerationConfig`] is for a language model,
+    and the provenance of that rule. It is saved beside the weights as `exit_config.json`. An invalid value is refused
+    when it is given, also in an assignment.
 
     Args:
         thresholds (`list[float | None]`, *optional*):
-            One per exit, from shallow to deep, each in [0, 1]. A sample leaves at the first exit whose score is above
-            the exit's threshold, so 1.0 never lets go. `None` switches an exit off. The deepest exit's threshold may
-            be left out: then every sample that reaches the end gets the fallback's answer.
+            One per exit, from shallow to deep, each in [0, 1]. A sample exits at the first exit whose score is above
+            the exit's threshold; at 1.0 no sample exits. `None` disables the exit. The deepest exit's threshold may be
+            left out: then every sample that reaches the end gets the fallback's answer.
         criterion (`str` or `Callable`, *optional*, defaults to `"confidence"`):
-            What the score is: `"confidence"` (the largest softmax probability), `"margin"` (that above the second
-            largest), `"entropy"` (1 where it is 0, 0 where it is largest), `"patience"` (how many exits in a row say
-            the same: (p - 1) / p leaves when p do), `"ensemble_confidence"` (of the mean of the logits so far), or a
-            function of the list of logits so far that returns `(batch_size,)` scores. A function is not saved.
+            The score: `"confidence"` (the largest softmax probability), `"margin"` (its distance from the second
+            largest), `"entropy"` (one minus the normalised entropy), `"patience"` (how many exits in a row
+            predict the same class: (p - 1) / p lets a sample exit when p do), `"ensemble_confidence"` (the confidence
+            of the mean of the logits so far), or a function of the list of logits so far that returns
+            `(batch_size,)` scores. A function is not saved.
         temperatures (`list[float]`, *optional*):
-            One per exit, by which its logits are divided before they are scored. The answer's logits stay as they are.
+            One per exit, each in [0.001, 1000], by which its logits are divided before they are scored. The answer's
+            logits stay as they are.
         fallback (`str`, *optional*, defaults to `"ensemble"`):
-            What answers a sample that no exit was sure about: `"ensemble"`, the mean of the logits of every
-            classifier that ran, `"deepest"`, or `"most_confident"`, the classifier of those whose largest softmax
-            probability is largest.
+            The answer to a sample that exits nowhere: `"ensemble"`, the mean of the logits of every classifier that
+            ran, `"deepest"`, or `"most_confident"`, the classifier of those whose largest softmax probability is
+            largest.
         search (`dict[str, Any]`, *optional*):
-            How the thresholds were found: method, settings, data, and what they gave there.
+            Provenance: how the thresholds were found: method, settings, data, and results there.
         guarantee (`dict[str, Any]`, *optional*):
-            What is certified of the thresholds: [`~hf_scan.calibration.Certificate`] as a dictionary.
+            Provenance: what is certified of the rule, [`~hf_scan.calibration.Certificate`] as a dictionary.
         reference (`dict[str, Any]`, *optional*):
-            Where samples left and how sure they were when the thresholds were found, for [`~hf_scan.ExitMonitor`].
+            Provenance: where samples exited and how confident they were when the thresholds were found, for
+            [`~hf_scan.ExitMonitor`].
         trained_on, searched_on (`str`, *optional*):
-            How many images the weights were trained on and the thresholds found on, and the digests of some, so that
-            none are found on the former, and none certified on either.
+            Provenance: the number of images that the weights were trained on and the thresholds found on, with digests
+            of some, so that no thresholds are found on the former, and none certified on either.
         costs (`dict[str, Any]`, *optional*):
-            What stages and heads cost on some machine: [`~hf_scan.costs.MeasuredCosts`] as a dictionary.
+            Provenance: the costs of stages and heads on a machine, [`~hf_scan.costs.MeasuredCosts`] as a dictionary.
+        weights (`str`, *optional*):
+            Provenance: [`~ScanForImageClassification.fingerprint`] of the weights that the thresholds were found for.
+            Saving fills it in. Thresholds are neither saved beside other weights nor loaded with them.
 
     Raises:
-        `ValueError`: if a threshold is not a number in [0, 1], a temperature is not above 0, or there is no such
+        `ValueError`: if a threshold is not a number in [0, 1], a temperature is out of range, or there is no such
             criterion.
         `huggingface_hub.errors.StrictDataclassFieldValidationError`: if a field is of another type or kind.
 
@@ -87,35 +167,29 @@ class ExitConfig:
     trained_on: str | None = None
     searched_on: str | None = None
     costs: dict[str, Any] | None = None
+    weights: str | None = None
 
-    # Not a `validate_*` method of a strict dataclass, whose error is no `ValueError`.
-    def __post_init__(self) -> None:
-        for threshold in self.thresholds or []:
-            if threshold is not None and not 0 <= threshold <= 1:
-                raise ValueError(
-                    f"`thresholds` is {self.thresholds}; expected numbers in [0, 1], or None to switch an exit off."
-                )
-        if not callable(self.criterion) and self.criterion not in list(EXIT_CRITERIA):
-            raise ValueError(
-                f"`criterion` is {self.criterion!r}; expected one of {sorted(EXIT_CRITERIA)}, or a function of the "
-                "logits so far."
-            )
-        for temperature in self.temperatures or []:
-            if not 0 < temperature < float("inf"):
-                raise ValueError(f"`temperatures` is {self.temperatures}; expected a number above 0 for each exit.")
-        self._check_guarantee()
+    # Not `validate_*` methods of a strict dataclass, whose errors are no `ValueError`, and which miss assignments.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            _CHECKS[name](value)
+        # The rule is set before the guarantee, in the order of the fields, and before or after it by an assignment.
+        guarantee = value if name == "guarantee" else vars(self).get("guarantee")
+        if guarantee is not None and name in (*RULE, "guarantee"):
+            _check_guarantee(guarantee, {**self.rule, **({name: value} if name in RULE else {})})
+        super().__setattr__(name, value)
 
     @property
     def rule(self) -> dict[str, Any]:
-        """The fields that say who leaves where, and with which answer."""
-        return {name: getattr(self, name) for name in RULE}
+        """Return the fields that decide where a sample exits, and with which answer."""
+        # Copies, so that a guarantee which holds the rule does not change with it.
+        values = {name: getattr(self, name) for name in RULE}
+        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
-    def _check_guarantee(self) -> None:
-        if self.guarantee is not None and self.guarantee.get("rule") != self.rule:
-            raise ValueError(
-                f"The guarantee is of {self.guarantee.get('rule')}, and the exit configuration has {self.rule}. Set "
-                "fields with `update`, which drops the guarantee, or certify anew with `hf_scan.certify_thresholds`."
-            )
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Return the fields that say where the rule comes from, and what is known of it."""
+        return {name: getattr(self, name) for name in PROVENANCE}
 
     def resolve(self, num_exits: int) -> list[float | int | None]:
         """
@@ -180,27 +254,54 @@ class ExitConfig:
             )
         return score.float()  # a threshold is compared with float32
 
-    def update(self, **kwargs: Any) -> "ExitConfig":
+    def replace(self, **kwargs: Any) -> "ExitConfig":
         """
-        A copy with some fields replaced, validated anew; itself where none are. What was found and certified of the
-        rule goes when the rule changes.
+        Return a copy with some fields replaced, as [`dataclasses.replace`]. Where the rule changes, the copy drops
+        what was found, measured or certified for the former rule: `search`, `guarantee`, `reference` and `weights`.
+
+        Args:
+            kwargs: Fields of [`ExitConfig`]. `thresholds` and `temperatures` may be tuples, arrays or tensors, `costs`
+                what [`~hf_scan.measure_costs`] returned.
+
+        Returns:
+            [`ExitConfig`]: validated; itself where nothing is given.
+
+        Raises:
+            `TypeError`: if there is no such field.
+            `ValueError`: if a value is invalid, as in [`ExitConfig`].
+
+        Example:
+
+        ```python
+        >>> from hf_scan import ExitConfig
+
+        >>> ExitConfig(thresholds=[0.9, 0.8]).replace(fallback="deepest").thresholds
+        [0.9, 0.8]
+        ```
         """
         if not kwargs:
             return self
         known = {entry.name for entry in fields(self)}
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"ExitConfig has no {unknown}; expected some of {sorted(known)}.")
-        if kwargs.get("thresholds") is not None:
-            # A tuple, an array or a tensor will do.
-            try:
-                kwargs["thresholds"] = [None if t is None else float(t) for t in kwargs["thresholds"]]
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"`thresholds` is {kwargs['thresholds']!r}; expected a number in [0, 1] or None for each exit."
-                ) from error
+        for name in ("thresholds", "temperatures"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _as_list(name, kwargs[name])
+        if hasattr(kwargs.get("costs"), "to_dict"):
+            kwargs["costs"] = kwargs["costs"].to_dict()
         if any(name in kwargs and kwargs[name] != getattr(self, name) for name in RULE):
-            kwargs = {"search": None, "guarantee": None, "reference": None, **kwargs}
+            kwargs = {**dict.fromkeys(FOUND_FOR_THE_RULE), **kwargs}
         return replace(self, **kwargs)
+
+    def update(self, **kwargs: Any) -> "ExitConfig":
+        """Deprecated: call [`~ExitConfig.replace`], which this is."""
+        warnings.warn(
+            "`ExitConfig.update` is deprecated and will be removed in the next release, because it returns a copy "
+            "where `GenerationConfig.update` changes itself; call `replace` instead.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.replace(**kwargs)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ExitConfig":
@@ -291,7 +392,8 @@ class ExitConfig:
         )
 
     def _check_savable(self) -> None:
-        self._check_guarantee()
+        if self.guarantee is not None:
+            _check_guarantee(self.guarantee, self.rule)  # a list of thresholds may have been changed in place
         if callable(self.criterion):
             raise ValueError(
                 f"`criterion` is the function {self.criterion!r}, which cannot be saved. Set one by name, and pass "
@@ -299,4 +401,4 @@ class ExitConfig:
             )
 
 
-__all__ = ["EXIT_CONFIG_NAME", "RULE", "ExitConfig"]
+__all__ = ["EXIT_CONFIG_NAME", "PROVENANCE", "RULE", "ExitConfig"]

@@ -136,7 +136,7 @@ def exit_columns(
             scores.append(exit_config.score(seen, exits))
         else:
             scores.append(confidence_of(logits))  # which nobody compares with anything
-    last = exit_config if exit_config.fallback == "most_confident" else exit_config.update(fallback="ensemble")
+    last = exit_config if exit_config.fallback == "most_confident" else exit_config.replace(fallback="ensemble")
     logits, _, confidence = fall_back(last, seen, exits, len(exit_logits))
     predictions = torch.stack([answer.argmax(dim=-1) for answer in (*exit_logits, logits)], dim=1)
     return predictions, torch.stack([*scores, confidence], dim=1)

@@ -123,13 +123,13 @@ class HubMixin(PreTrainedModel):
             )
             other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
             if other and exit_config.costs is not None:
-                exit_config = exit_config.update(costs=None)
+                exit_config = exit_config.replace(costs=None)
             if other and exit_config.thresholds is not None:
                 logger.warning(
                     "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
                     "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
                 )
-                exit_config = exit_config.update(thresholds=None, temperatures=None)
+                exit_config = exit_config.replace(thresholds=None, temperatures=None)
         if exit_config.thresholds is not None:
             exit_config.resolve(model.num_exits)
         model.exit_config = exit_config

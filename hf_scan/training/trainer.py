@@ -158,7 +158,7 @@ class ScanTrainer(Trainer):
         self._forget_terms()
         # Thresholds that were found for other weights do not survive training.
         if isinstance(self.model, ScanForImageClassification):
-            self.model.exit_config = self.model.exit_config.update(
+            self.model.exit_config = self.model.exit_config.replace(
                 thresholds=None, temperatures=None, trained_on=some_digests(self.train_dataset)
             )
         return super().train(*args, **kwargs)

@@ -65,10 +65,10 @@ def test_every_policy_of_the_frontier_gives_what_it_says(fallback):
     assert off.any()
     assert not off.all(axis=1).any() or fallback == "deepest"
     for accuracy, cost, thresholds in zip(frontier.accuracy, frontier.cost, frontier.thresholds):
-        config = rule.update(thresholds=[None if np.isnan(t) else float(t) for t in thresholds])
+        config = rule.replace(thresholds=[None if np.isnan(t) else float(t) for t in thresholds])
         # An exit that is on and lets nobody go is still counted; the one that is off is another policy.
-        leaving = apply_exit_rule(torch.from_numpy(rows.logits).unbind(1), config.update(fallback="ensemble"))
-        on = config.update(thresholds=[None if t is None else min(t, 0.999) for t in config.thresholds])
+        leaving = apply_exit_rule(torch.from_numpy(rows.logits).unbind(1), config.replace(fallback="ensemble"))
+        on = config.replace(thresholds=[None if t is None else min(t, 0.999) for t in config.thresholds])
         spent = np.array(COSTS.cumulative(on))[leaving.exit_index.numpy()].mean()
         found = accuracy_and_cost(rows, config, COSTS)[0]
         assert (found, spent) == (pytest.approx(accuracy), pytest.approx(cost))
@@ -105,7 +105,7 @@ def test_wishes_come_true_on_the_split(network, tables, wish, fallback):
     macs = count_macs(network)
     accuracy, _ = accuracy_and_cost(tables[0], config, macs)
     leaving = apply_exit_rule(
-        torch.from_numpy(tables[0].logits).unbind(1), config.update(fallback="ensemble")
+        torch.from_numpy(tables[0].logits).unbind(1), config.replace(fallback="ensemble")
     ).exit_index.numpy()
     cost = np.array(macs.cumulative(config))[leaving].mean()
     baseline = (tables[0].deepest == tables[0].labels).mean()
@@ -123,9 +123,9 @@ def test_wishes_come_true_on_the_split(network, tables, wish, fallback):
     assert config.fallback == fallback
     # No policy of a coarse grid does better.
     for thresholds in np.stack(np.meshgrid(*[np.linspace(0.2, 1, 9)] * 2), -1).reshape(-1, 2):
-        other = config.update(thresholds=thresholds.tolist())
+        other = config.replace(thresholds=thresholds.tolist())
         theirs = accuracy_and_cost(tables[0], other, macs)[0]
-        left_at = apply_exit_rule(torch.from_numpy(tables[0].logits).unbind(1), other.update(fallback="ensemble"))
+        left_at = apply_exit_rule(torch.from_numpy(tables[0].logits).unbind(1), other.replace(fallback="ensemble"))
         spent = np.array(macs.cumulative(other))[left_at.exit_index.numpy()].mean()
         assert theirs < accuracy + 0.003 or spent > cost * 0.997
 
@@ -298,7 +298,9 @@ def test_a_guarantee_is_not_saved_with_other_thresholds(network, tables, tmp_pat
     config = calibrate(network, tables[0], guarantee=RiskBound(3.0), certify_dataset=tables[1])
     config.save_pretrained(tmp_path)
     assert ExitConfig.from_pretrained(tmp_path) == config
-    config.thresholds = [0.01] * 3
+    with pytest.raises(ValueError, match="The guarantee is of"):
+        config.thresholds = [0.01] * 3
+    config.thresholds[:] = [0.01] * 3
     with pytest.raises(ValueError, match="The guarantee is of"):
         config.save_pretrained(tmp_path)
     edited = json.loads((tmp_path / "exit_config.json").read_text())
@@ -317,15 +319,15 @@ def test_numbers_of_numpy_can_be_saved(network, tables, tmp_path):
 
 def test_the_guarantee_goes_with_the_rule(network, tables):
     config = calibrate(network, tables[0], guarantee=RiskBound(3.0), certify_dataset=tables[1])
-    assert config.update(costs=None).guarantee is not None
-    assert config.update(thresholds=config.thresholds).guarantee is not None
+    assert config.replace(costs=None).guarantee is not None
+    assert config.replace(thresholds=config.thresholds).guarantee is not None
     for change in (
         {"thresholds": [0.1, 0.1]},
         {"fallback": "deepest"},
         {"criterion": "margin"},
         {"temperatures": [2.0] * 3},
     ):
-        other = config.update(**change)
+        other = config.replace(**change)
         assert (other.guarantee, other.search, other.reference) == (None, None, None)
 
 
@@ -413,7 +415,7 @@ def test_a_few_images_that_are_in_both_splits_by_chance_are_no_reason_to_refuse(
 def test_images_that_searched_do_not_certify_what_was_rounded(network, tables):
     """The thresholds are others then, and what they were found on is remembered all the same."""
     config = calibrate(network, tables[0], max_accuracy_drop=5.0)
-    network.exit_config = config.update(thresholds=[t and round(t, 2) for t in config.thresholds])
+    network.exit_config = config.replace(thresholds=[t and round(t, 2) for t in config.thresholds])
     assert network.exit_config.search is None
     with pytest.raises(ValueError, match="The thresholds were searched on the 'search' split"):
         certify_thresholds(network, tables[0], RiskBound(9.0))
@@ -442,7 +444,7 @@ def test_an_image_that_is_there_ten_times_counts_once(network, tables):
     for certifies in (one, ten):
         config = calibrate(network, search, guarantee=RiskBound(9.0), certify_dataset=certifies)
         assert config.guarantee["n"] == 400
-        network.exit_config = config.update(guarantee=None, searched_on=None)
+        network.exit_config = config.replace(guarantee=None, searched_on=None)
         assert certify_thresholds(network, certifies, RiskBound(9.0)).guarantee["n"] == 400
     network.exit_config = ExitConfig()
 

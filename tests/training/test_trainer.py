@@ -159,7 +159,7 @@ def test_training_drops_thresholds_found_for_other_weights(tmp_path):
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.5, 0.5], fallback="deepest")
     ScanTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(8)).train()
-    assert model.exit_config.update(trained_on=None) == ExitConfig(fallback="deepest")
+    assert model.exit_config.replace(trained_on=None) == ExitConfig(fallback="deepest")
 
 
 def test_what_was_trained_on_is_remembered_and_refused(tmp_path):
