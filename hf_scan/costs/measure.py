@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from ..model.adaptive import check_eval_mode
+from ..model.evaluation_mode import evaluating
 from ..model.exit_criteria import confidence_of
 from ..model.exit_rule import AdaptiveOutput
+from ..model.stages import StageState
 from .values import ExitCosts, MeasuredCosts, RealisedSpeedup
 
 
@@ -49,24 +51,19 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
     ```
     """
 
-    def counted(part: Callable[..., Any], index: int, state: tuple[Any, ...]) -> tuple[int, Any]:
+    def counted(part: Callable[..., Any], index: int, state: StageState) -> tuple[int, Any]:
         with FlopCounterMode(display=False) as counter:
             output = part(index, state)
         return counter.get_total_flops() // 2, output
 
-    state: tuple[Any, ...] = (_example(model, 1, torch.zeros),)
+    state = StageState.from_images(_example(model, 1, torch.zeros))
     stages: list[float] = []
     heads: list[float] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for index in range(model.num_exits):
-                macs, state = counted(model.run_stage, index, state)
-                stages.append(macs)
-                heads.append(counted(model.run_exit, index, state)[0])
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for index in range(model.num_exits):
+            macs, state = counted(model.run_stage, index, state)
+            stages.append(macs)
+            heads.append(counted(model.run_exit, index, state)[0])
     return ExitCosts(stages, heads)
 
 
@@ -182,7 +179,7 @@ def measure_costs(
 
 def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
     """Seconds of each stage and its head, in their order, and of the plain network."""
-    state: tuple[Any, ...] = (images,)
+    state = StageState.from_images(images)
     seconds = []
     for index in range(model.num_exits):
         start = timer()

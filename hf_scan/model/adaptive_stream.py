@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Full batches to the end: samples that stay wait in front of the next stage until they fill a batch again."""
+"""`predict_adaptive_stream`: the engine for a stream of images, in which every stage runs full batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,28 +7,46 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
-from .adaptive import AdaptiveInferenceMixin, Answers, Group, advance, check_eval_mode
+from .adaptive import (
+    AdaptiveInferenceMixin,
+    EarlyExitNetwork,
+    Group,
+    OnError,
+    advance,
+    check_eval_mode,
+    check_on_error,
+    images_not_finite,
+    logits_not_finite,
+    non_finite_rows,
+    skipped_answer,
+)
 from .exit_config import ExitConfig
 from .exit_rule import AdaptiveOutput, plan_exits
 from .memory import within_memory
+from .stages import StageState
+
+
+logger = logging.get_logger(__name__)
 
 
 class AdaptiveStreamMixin(AdaptiveInferenceMixin):
-    """Adds `predict_adaptive_stream` to a model that also has `join_states(index, states)`."""
+    """Adds `predict_adaptive_stream` to an [`EarlyExitNetwork`]."""
 
     def predict_adaptive_stream(
-        self,
+        self: EarlyExitNetwork,
         batches: Any,
         batch_size: int = 64,
         exit_config: ExitConfig | None = None,
         ordered: bool = False,
         max_exit: int | None = None,
+        on_error: OnError = "raise",
         **kwargs: Any,
     ) -> Iterator[AdaptiveOutput]:
         """
-        Classifies a stream of images. Where [`~AdaptiveInferenceMixin.predict_adaptive`] goes on with what is left of
-        a batch, here those that stay wait in front of the next stage until they fill a batch, so that every stage runs
+        Classify a stream of images. Where [`~AdaptiveInferenceMixin.predict_adaptive`] goes on with what is left of a
+        batch, here samples that stay wait in front of the next stage until they fill a batch, so that every stage runs
         full batches until the stream ends. Every sample gets the answer that it gets alone.
 
         In front of each stage there are less than two batches at any time, and less than `batch_size` images besides
@@ -38,13 +56,17 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         Args:
             batches (`Iterable` or `Dataset`):
                 Batches of images, `(n, num_channels, height, width)` or dictionaries with such `pixel_values`, of any
-                n, such as a `DataLoader` gives; or a dataset whose rows have `pixel_values`, which several processes
-                share. (Of batches, each process answers those that it is given.) All images have the same size.
+                n, such as a `DataLoader` gives; pairs of images and labels, whose labels are left out; or a dataset
+                whose rows have `pixel_values`, which several processes share. (Of batches, each process answers those
+                that it is given.) All images have the same size.
             batch_size (`int`, *optional*, defaults to 64): Samples with which a stage is run.
             exit_config ([`ExitConfig`], *optional*): Defaults to `model.exit_config`.
             ordered (`bool`, *optional*, defaults to `False`): Whether answers come in the order of the images rather
                 than as they are ready.
             max_exit (`int`, *optional*): As in [`~AdaptiveInferenceMixin.predict_adaptive`].
+            on_error (`str`, *optional*, defaults to `"raise"`): What to do about images whose pixels or logits are not
+                finite. `"raise"` reads no further, answers the others that were read, and raises an error that names
+                the positions; `"skip"` warns, gives them NaN as logits and confidence and -1 as exit, and goes on.
             kwargs: Fields of the exit configuration to override.
 
         Yields:
@@ -69,163 +91,205 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         ```
         """
         check_eval_mode(self)
+        check_on_error(on_error)
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; expected a whole number of at least 1.")
-        model: Any = self
         config = (exit_config or self.exit_config).replace(**kwargs)
-        plan = plan_exits(config, model.num_exits, max_exit)
+        plan = plan_exits(config, self.num_exits, max_exit)
+        failed: list[int] = []
 
-        def run(index: int, group: Group) -> tuple[list[Answers], Group | None]:
-            count = len(group.rows)
+        def run(index: int, group: Group) -> tuple[list[AdaptiveOutput], Group | None]:
+            def run_some(size: int) -> tuple[list[AdaptiveOutput], Group | None]:
+                some = group if size == len(group) else group.select(slice(size))
+                return advance(self, config, plan, index, some, failed)
+
             with torch.inference_mode():
-                return within_memory(
-                    lambda size: advance(
-                        model, config, plan, index, group if size == count else _part(model, index, group, slice(size))
-                    ),
-                    count,
-                )
+                return within_memory(run_some, len(group))
 
         arrived: deque[int] = deque()  # which samples came, in their order
         note = arrived.extend if ordered else None
-        answers = _flow(model, _numbered(batches, batch_size), batch_size, len(plan), run, note)
+        stream = _Stream(self, batch_size, len(plan), run, failed, on_error == "skip", note)
+        answers = stream.answers(numbered_batches(batches, batch_size))
         return _in_order(answers, arrived) if ordered else answers
 
 
-def _flow(
-    model: Any,
-    numbered: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    batch_size: int,
-    num_stages: int,
-    run: Callable[[int, Group], tuple[list[Answers], Group | None]],
-    note: Callable[[list[int]], None] | None,
-) -> Iterator[AdaptiveOutput]:
-    """Answers as they are ready. Of each batch that comes in, the positions are noted by whoever wants them."""
-    queues = [_Queue(model, index, batch_size) for index in range(num_stages)]
+class _Stream:
+    """
+    The queues in front of the stages, and the loop that runs a stage whenever its queue is full.
 
-    def run_stage(index: int) -> Iterator[AdaptiveOutput]:
-        gone, stay = run(index, queues[index].take())
-        if stay is not None:
-            queues[index + 1].put(stay)
-        yield from map(_output, gone)
+    Args:
+        network ([`EarlyExitNetwork`]): The network.
+        batch_size (`int`): Samples with which a stage is run.
+        num_stages (`int`): Stages that can be reached.
+        run (`Callable`): Runs a stage for a group: [`advance`].
+        failed (`list[int]`): To which `run` adds the ids of samples whose logits are not finite.
+        skip (`bool`): Whether samples that cannot be answered are skipped.
+        note (`Callable`, *optional*): Is told the ids of each batch that arrives.
+    """
 
-    def run_full_batches() -> Iterator[AdaptiveOutput]:
+    def __init__(
+        self,
+        network: EarlyExitNetwork,
+        batch_size: int,
+        num_stages: int,
+        run: Callable[[int, Group], tuple[list[AdaptiveOutput], Group | None]],
+        failed: list[int],
+        skip: bool,
+        note: Callable[[list[int]], None] | None,
+    ) -> None:
+        self.network, self.batch_size, self.run = network, batch_size, run
+        self.failed, self.skip, self.note = failed, skip, note
+        self.queues = [_Queue(batch_size) for _ in range(num_stages)]
+        self.error: Exception | None = None  # is raised when all that was read before it is answered
+
+    def answers(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[AdaptiveOutput]:
+        shape: torch.Size | None = None
+        while self.error is None:
+            try:
+                ids, images = next(batches)
+                if len(images) == 0:
+                    continue
+                shape = shape or images.shape[1:]
+                self._check_images(images, shape)
+            except StopIteration:
+                break
+            except Exception as error:  # whatever the stream's own code raises
+                self.error = error
+                break
+            yield from self._put(ids, images)
+            yield from self._run_full_queues()
+        for index, queue in enumerate(self.queues):
+            while len(queue):
+                yield from self._run_stage(index)
+                yield from self._run_full_queues()
+        if self.error is not None:
+            raise self.error
+
+    def _check_images(self, images: torch.Tensor, shape: torch.Size) -> None:
+        if images.shape[1:] != shape:
+            raise ValueError(
+                f"The stream gave images of {tuple(images.shape[1:])} after some of {tuple(shape)}; expected one "
+                "size. Prepare all with the model's image processor."
+            )
+        self.network.check_pixel_values(images)
+
+    def _put(self, ids: torch.Tensor, images: torch.Tensor) -> Iterator[AdaptiveOutput]:
+        """Put images into the first queue, without those whose pixels are not finite."""
+        if bad := non_finite_rows(images):
+            good = [row for row in range(len(images)) if row not in set(bad)]
+            text = images_not_finite(ids[bad].tolist(), "stream")
+            if self.skip:
+                logger.warning(text)
+                self._note(ids)
+                yield self._skipped(ids[bad])
+            else:
+                self.error = ValueError(text)
+                self._note(ids[good])
+            ids, images = ids[good], images[good]
+        else:
+            self._note(ids)
+        if len(images):
+            device = self.network.device
+            self.queues[0].put(Group(ids.to(device), StageState.from_images(images.to(device))))
+
+    def _note(self, ids: torch.Tensor) -> None:
+        if self.note is not None:
+            self.note(ids.tolist())
+
+    def _skipped(self, ids: torch.Tensor) -> AdaptiveOutput:
+        answer = skipped_answer(self.network, len(ids))
+        answer.ids = ids.to(answer.logits.device)
+        return answer
+
+    def _run_stage(self, index: int) -> Iterator[AdaptiveOutput]:
+        answers, group = self.run(index, self.queues[index].take())
+        if group is not None:
+            self.queues[index + 1].put(group)
+        if self.failed:
+            text = logits_not_finite(self.failed, "stream")
+            if self.skip:
+                logger.warning(text)
+            else:
+                self.error = self.error or ValueError(text)
+            self.failed.clear()
+        yield from answers
+
+    def _run_full_queues(self) -> Iterator[AdaptiveOutput]:
         # From the deepest on, so that room is made before anything is put there.
-        while full := [index for index, queue in enumerate(queues) if len(queue) >= batch_size]:
-            yield from run_stage(full[-1])
-
-    error: Exception | None = None
-    source = iter(numbered)
-    shape: torch.Size | None = None
-    while True:
-        try:
-            rows, images = next(source)
-            if len(images) == 0:
-                continue
-            shape = shape or images.shape[1:]
-            if images.shape[1:] != shape:
-                raise ValueError(
-                    f"The stream gave images of {tuple(images.shape[1:])} after some of {tuple(shape)}; expected one "
-                    "size. Prepare all with the model's image processor."
-                )
-            model.check_pixel_values(images, values=True)
-        except StopIteration:
-            break
-        except Exception as raised:  # whatever the stream's own code says; first, what came before it
-            error = raised
-            break
-        if note is not None:
-            note(rows.tolist())
-        queues[0].put(Group(rows.to(model.device), (images.to(model.device),)))
-        yield from run_full_batches()
-    for index in range(num_stages):
-        while len(queues[index]):
-            yield from run_stage(index)
-            yield from run_full_batches()
-    if error is not None:
-        raise error
+        while full := [index for index, queue in enumerate(self.queues) if len(queue) >= self.batch_size]:
+            yield from self._run_stage(full[-1])
 
 
 class _Queue:
     """Groups that wait in front of a stage, and come out as one of at most a batch's size."""
 
-    def __init__(self, model: Any, index: int, batch_size: int) -> None:
-        self.model, self.index, self.batch_size = model, index, batch_size
-        self.groups: list[Group] = []
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.groups: deque[Group] = deque()
 
     def __len__(self) -> int:
-        return sum(len(group.rows) for group in self.groups)
+        return sum(len(group) for group in self.groups)
 
     def put(self, group: Group) -> None:
         self.groups.append(group)
 
     def take(self) -> Group:
-        taken, count = [], 0
-        while self.groups and count < self.batch_size:
-            group = self.groups.pop(0)
-            room = self.batch_size - count
-            if len(group.rows) > room:
-                self.groups.insert(0, _part(self.model, self.index, group, slice(room, None)))
-                group = _part(self.model, self.index, group, slice(room))
+        taken: list[Group] = []
+        room = self.batch_size
+        while self.groups and room:
+            group = self.groups.popleft()
+            if len(group) > room:
+                self.groups.appendleft(group.select(slice(room, None)))
+                group = group.select(slice(room))
             taken.append(group)
-            count += len(group.rows)
-        return taken[0] if len(taken) == 1 else self._joined(taken)
-
-    def _joined(self, groups: list[Group]) -> Group:
-        states = [group.state for group in groups]
-        if self.index == 0:
-            state: tuple[Any, ...] = (torch.cat([images for (images,) in states]),)
-        else:
-            state = self.model.join_states(self.index - 1, states)
-        seen = [torch.cat(logits) for logits in zip(*(group.seen for group in groups))]
-        return Group(torch.cat([group.rows for group in groups]), state, seen, groups[0].exits)
+            room -= len(group)
+        return taken[0] if len(taken) == 1 else Group.join(taken)
 
 
-def _part(model: Any, index: int, group: Group, rows: slice) -> Group:
-    """Some of a group that waits in front of a stage."""
-    if index == 0:
-        state: tuple[Any, ...] = (group.state[0][rows],)
-    else:
-        state = model.select_rows(index - 1, group.state, rows, len(group.rows))
-    return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
-
-
-def _numbered(batches: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images with their positions, from whatever was given."""
+def numbered_batches(batches: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield positions and images of whatever was given."""
     if isinstance(batches, torch.Tensor):
         batches = [batches]
     if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
-        yield from _shared(batches, batch_size)
+        yield from sharded_batches(batches, batch_size)
         return
     start = 0
     for batch in batches:
-        images = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        images = images_of(batch)
         yield torch.arange(start, start + len(images)), images
         start += len(images)
 
 
-def _shared(dataset: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A dataset's images with their indices; of several processes, each gets its own part, and none twice."""
+def images_of(batch: Any) -> torch.Tensor:
+    """Return the images of a batch or a row: of a dictionary, of a pair of images and labels, or the tensor itself."""
+    if isinstance(batch, Mapping):
+        batch = batch["pixel_values"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], torch.Tensor):
+        batch = batch[0]
+    if not isinstance(batch, torch.Tensor):
+        raise TypeError(
+            f"The stream gave a {type(batch).__name__}; expected tensors of images, dictionaries with `pixel_values`, "
+            "or pairs of images and labels."
+        )
+    return batch
+
+
+def sharded_batches(dataset: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a dataset's images with their indices; of several processes, each gets its own part, and none twice."""
     world, rank = 1, 0
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     starts = range(rank * batch_size, len(dataset), world * batch_size)
     parts = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
     loader = DataLoader(
-        dataset, batch_sampler=parts, collate_fn=lambda rows: torch.stack([row["pixel_values"] for row in rows])
+        dataset, batch_sampler=parts, collate_fn=lambda rows: torch.stack([images_of(row) for row in rows])
     )
     for indices, images in zip(parts, loader):
         yield torch.tensor(indices), images
 
 
-def _output(answers: Answers) -> AdaptiveOutput:
-    rows, logits, exit_index, confidence = answers
-    if isinstance(exit_index, int):
-        exit_index = torch.full_like(rows, exit_index)
-    return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence, ids=rows)
-
-
 def _in_order(answers: Iterable[AdaptiveOutput], arrived: deque[int]) -> Iterator[AdaptiveOutput]:
-    """Holds answers back until those of earlier images are there."""
+    """Hold answers back until those of earlier images are there."""
     waiting: dict[int, tuple[AdaptiveOutput, int]] = {}
     for answer in answers:
         assert answer.ids is not None

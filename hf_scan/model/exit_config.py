@@ -242,7 +242,8 @@ class ExitConfig:
         """
         scaled = [self.scaled(logits, index) for logits, index in zip(seen, exits)]
         if not callable(self.criterion):
-            return EXIT_CRITERIA[self.criterion](scaled)
+            # NaN, so that no sample leaves by logits that are not finite, whatever the criterion makes of them.
+            return EXIT_CRITERIA[self.criterion](scaled) + 0 * seen[-1].sum(dim=-1, dtype=torch.float32)
         score = self.criterion(scaled)
         expected = seen[-1].shape[:1]
         shape = getattr(score, "shape", type(score).__name__)

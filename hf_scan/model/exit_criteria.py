@@ -42,8 +42,7 @@ def patience(seen: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     predictions = torch.stack([logits.argmax(dim=-1) for logits in reversed(seen)])
     agreeing = (predictions == predictions[0]).cumprod(dim=0).sum(dim=0).float()
-    # Logits that are not finite have a largest one too; they must not leave by it.
-    return (agreeing / (agreeing + 1)).where(seen[-1].isfinite().all(dim=-1), torch.nan)
+    return agreeing / (agreeing + 1)
 
 
 def ensemble_confidence(seen: Sequence[torch.Tensor]) -> torch.Tensor:

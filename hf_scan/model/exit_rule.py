@@ -4,6 +4,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from .exit_criteria import confidence_of
 @dataclass
 class AdaptiveOutput(ModelOutput):
     """
-    What [`~AdaptiveInferenceMixin.predict_adaptive`] returns.
+    Answers of adaptive inference, as [`~AdaptiveInferenceMixin.predict_adaptive`] returns them.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Each sample's answer.
         exit_index (`torch.LongTensor` of shape `(batch_size,)`): The exit that gave it, from 0; `num_exits` where the
-            ensemble did.
+            ensemble did; -1 for a sample that was skipped because its pixels or logits are not finite.
         confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability, at its
             exit's temperature.
         ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Which images these are, where they come from a
@@ -35,56 +36,25 @@ class AdaptiveOutput(ModelOutput):
     ids: torch.Tensor | None = None
 
 
-def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig) -> AdaptiveOutput:
+class ExitStep(NamedTuple):
     """
-    The exit rule on logits that are all known: the answers that [`~AdaptiveInferenceMixin.predict_adaptive`] gives
-    without computing them all. For scoring and for search; it saves no time.
+    What happens at an exit that can be reached.
 
     Args:
-        exit_logits (`Sequence[torch.Tensor]`): One tensor per exit of shape `(batch_size, num_labels)`.
-        exit_config ([`ExitConfig`]): The thresholds and the fallback.
-
-    Returns:
-        [`AdaptiveOutput`]
+        runs_head (`bool`): Whether the exit's head is run.
+        threshold (`float`, *optional*): The score above which a sample leaves, rounded to float32 as scores are;
+            `None` where none can.
     """
-    num_exits = len(exit_logits)
-    plan = plan_exits(exit_config, num_exits)
-    ran = [index for index, (runs, _) in enumerate(plan) if runs]
-    logits, exit_index, confidence = fall_back(exit_config, [exit_logits[index] for index in ran], ran, num_exits)
-    for position, index in reversed(list(enumerate(ran))):
-        limit = plan[index][1]
-        if limit is not None:
-            exits = ran[: position + 1]
-            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > limit
-            logits = torch.where(leaves[:, None], exit_logits[index], logits)
-            exit_index = exit_index.masked_fill(leaves, index)
-            confidence = torch.where(leaves, confidence_of(exit_config.scaled(exit_logits[index], index)), confidence)
-    return AdaptiveOutput(logits=logits, exit_index=exit_index, confidence=confidence)
 
-
-def fall_back(
-    exit_config: ExitConfig, seen: Sequence[torch.Tensor], exits: Sequence[int], num_exits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, exit and confidence of samples that no exit was sure about, from the logits of those that ran."""
-    if exit_config.fallback == "ensemble":
-        logits = torch.stack(list(seen)).mean(dim=0)
-        return logits, torch.full(logits.shape[:1], num_exits, device=logits.device), confidence_of(logits)
-    if exit_config.fallback == "deepest":
-        logits, last = seen[-1], exits[-1]
-        exit_index = torch.full(logits.shape[:1], last, device=logits.device)
-        return logits, exit_index, confidence_of(exit_config.scaled(logits, last))
-    confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
-    best = confidences.argmax(dim=0)
-    logits = torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
-    return logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0)
+    runs_head: bool
+    threshold: float | None
 
 
 def plan_exits(
     exit_config: ExitConfig, num_exits: int, max_exit: int | None = None, every_head: bool = False
-) -> list[tuple[bool, float | None]]:
+) -> list[ExitStep]:
     """
-    For each exit that can be reached, whether its head runs, and the score above which a sample leaves there, if any
-    can.
+    Return what happens at each exit that can be reached. A head that no threshold can use is not run.
 
     Args:
         exit_config ([`ExitConfig`]): The thresholds and the fallback.
@@ -92,30 +62,104 @@ def plan_exits(
         max_exit (`int`, *optional*): The exit at which everything that is left is answered by the fallback.
         every_head (`bool`, *optional*, defaults to `False`): Whether to run heads that nothing can leave at, so that
             there is an answer at any time. Exits that are switched off stay off.
+
+    Raises:
+        `ValueError`: if there are no thresholds or the wrong number of them, or there is no exit `max_exit`.
     """
     last = num_exits - 1 if max_exit is None else max_exit
     if not 0 <= last < num_exits:
         raise ValueError(f"`max_exit` is {max_exit}; expected an exit from 0 to {num_exits - 1}, or None.")
-    plan: list[tuple[bool, float | None]] = []
-    # Scores are float32. Rounded to it, a threshold compares with them alike as a tensor and as a number.
+    plan = []
     for index, threshold in enumerate(exit_config.resolve(num_exits)[: last + 1]):
         decides = threshold is not None and threshold < 1 and not (index == last and exit_config.fallback == "deepest")
         runs = index == last or (threshold is not None and (decides or exit_config.needs_history or every_head))
-        plan.append((runs, _as_float32(threshold) if decides else None))
+        plan.append(ExitStep(runs, _as_float32(threshold) if decides else None))
     return plan
 
 
 @functools.lru_cache(maxsize=1024)
 def _as_float32(number: float) -> float:
+    # Scores are float32. Rounded to it, a threshold compares with them alike as a tensor and as a number.
     return torch.tensor(number, dtype=torch.float32).item()
+
+
+def fall_back(
+    exit_config: ExitConfig, seen: Sequence[torch.Tensor], exits: Sequence[int], num_exits: int
+) -> AdaptiveOutput:
+    """
+    Return the fallback's answers for samples that no exit was confident about.
+
+    Args:
+        exit_config ([`ExitConfig`]): The fallback and the temperatures.
+        seen (`Sequence[torch.Tensor]`): Logits of the heads that ran, each `(batch_size, num_labels)`.
+        exits (`Sequence[int]`): Which exits these are.
+        num_exits (`int`): How many exits the network has.
+    """
+    if exit_config.fallback == "ensemble":
+        logits = torch.stack(list(seen)).mean(dim=0)
+        exit_index = torch.full(logits.shape[:1], num_exits, device=logits.device)
+        return AdaptiveOutput(logits, exit_index, confidence_of(logits))
+    if exit_config.fallback == "deepest":
+        logits, last = seen[-1], exits[-1]
+        exit_index = torch.full(logits.shape[:1], last, device=logits.device)
+        return AdaptiveOutput(logits, exit_index, confidence_of(exit_config.scaled(logits, last)))
+    confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
+    best = confidences.argmax(dim=0)
+    logits = torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
+    return AdaptiveOutput(logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0))
+
+
+def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig) -> AdaptiveOutput:
+    """
+    Apply the exit rule to logits that are all known: each sample is answered by the first exit whose score is above
+    its threshold, else by the fallback. These are the answers that [`~AdaptiveInferenceMixin.predict_adaptive`] gives
+    without computing all logits. For scoring and for search; it saves no time.
+
+    Args:
+        exit_logits (`Sequence[torch.Tensor]`): One tensor per exit of shape `(batch_size, num_labels)`.
+        exit_config ([`ExitConfig`]): The thresholds and the fallback.
+
+    Returns:
+        [`AdaptiveOutput`]
+
+    Raises:
+        `ValueError`: if there are no thresholds or the wrong number of them.
+    """
+    num_exits = len(exit_logits)
+    plan = plan_exits(exit_config, num_exits)
+    ran = [index for index, step in enumerate(plan) if step.runs_head]
+    answer = fall_back(exit_config, [exit_logits[index] for index in ran], ran, num_exits)
+    # From the deepest exit back to the first: the shallowest that passes has the last word.
+    for position, index in reversed(list(enumerate(ran))):
+        threshold = plan[index].threshold
+        if threshold is not None:
+            exits = ran[: position + 1]
+            leaves = exit_config.score([exit_logits[i] for i in exits], exits) > threshold
+            confidence = confidence_of(exit_config.scaled(exit_logits[index], index))
+            answer = AdaptiveOutput(
+                logits=torch.where(leaves[:, None], exit_logits[index], answer.logits),
+                exit_index=answer.exit_index.masked_fill(leaves, index),
+                confidence=torch.where(leaves, confidence, answer.confidence),
+            )
+    return answer
+
+
+def last_answer(fallback: str) -> str:
+    """Return what the last column of [`exit_columns`] stands for: `"ensemble"` or `"most_confident"`."""
+    return "most_confident" if fallback == "most_confident" else "ensemble"
+
+
+def num_answers(num_exits: int, fallback: str) -> int:
+    """Return in how many ways a sample can be answered: by each exit, and by a fallback that is not the deepest."""
+    return num_exits + (fallback != "deepest")
 
 
 def exit_columns(
     exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The answers a sample can get: one column per exit and a last one for the ensemble of the heads that run, or, where
-    that is the fallback, for the most confident of them.
+    Return the answers a sample can get: one column per exit and a last one for the ensemble of the heads that
+    run, or, where that is the fallback, for the most confident of them.
 
     Args:
         exit_logits (`tuple[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
@@ -135,21 +179,21 @@ def exit_columns(
             exits.append(index)
             scores.append(exit_config.score(seen, exits))
         else:
-            scores.append(confidence_of(logits))  # which nobody compares with anything
-    last = exit_config if exit_config.fallback == "most_confident" else exit_config.replace(fallback="ensemble")
-    logits, _, confidence = fall_back(last, seen, exits, len(exit_logits))
-    predictions = torch.stack([answer.argmax(dim=-1) for answer in (*exit_logits, logits)], dim=1)
-    return predictions, torch.stack([*scores, confidence], dim=1)
+            scores.append(confidence_of(logits))  # is compared with no threshold
+    config = exit_config.replace(fallback=last_answer(exit_config.fallback))
+    last = fall_back(config, seen, exits, len(exit_logits))
+    predictions = torch.stack([logits.argmax(dim=-1) for logits in (*exit_logits, last.logits)], dim=1)
+    return predictions, torch.stack([*scores, last.confidence], dim=1)
 
 
 def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """
-    Which column answers each sample: the first whose confidence is above its threshold, else the last.
+    Return which column answers each sample: the first whose confidence is above its threshold, else the last.
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): From shallow to deep; the last column's are not read.
-        thresholds (`np.ndarray` of shape `(..., columns)`): For any number of policies. `None`, NaN and 1.0 let
-            nothing go. The last column's is not read and may be left out.
+        thresholds (`np.ndarray` of shape `(..., columns)`): For any number of policies. No sample
+            is answered at `None`, NaN and 1.0. The last column's is not read and may be left out.
 
     Returns:
         `np.ndarray` of shape `(..., n)`: column indices.
@@ -169,4 +213,14 @@ def answering_column(confidences: np.ndarray, thresholds: Sequence[float | None]
     return answers
 
 
-__all__ = ["AdaptiveOutput", "answering_column", "apply_exit_rule", "exit_columns", "fall_back", "plan_exits"]
+__all__ = [
+    "AdaptiveOutput",
+    "ExitStep",
+    "answering_column",
+    "apply_exit_rule",
+    "exit_columns",
+    "fall_back",
+    "last_answer",
+    "num_answers",
+    "plan_exits",
+]

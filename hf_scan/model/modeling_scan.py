@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from transformers.utils import ModelOutput, logging
 
 from .adaptive_stream import AdaptiveStreamMixin
 from .backbone import create_backbone, timm_preprocessing
+from .compiled_stages import CompiledStages
 from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
 from .exit_heads import ExitHead
-from .folded_heads import FoldedHead
 from .hub_mixin import HubMixin
-from .stages import Stage, cut_into_stages, keep_parts
+from .stages import Stage, StageState, cut_into_stages, keep_parts
 from .timm_conversion import TimmConversionMixin
 
 
@@ -100,7 +99,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         self.num_labels = config.num_labels
         self.gradient_checkpointing = False  # of whole stages; set by Transformers
         self.backbone_frozen = False
-        self._compiled: dict[str, Any] = {}  # stages and heads, by `compile_stages`
+        self.compiled: CompiledStages | None = None  # set by `compile_stages`
         self.backbone = create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
@@ -126,27 +125,27 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
                 for stage in stages[:-1]
             )
         config.exit_points = [stage.name for stage in stages[:-1]]
-        self.stages = self._truncated(stages) if config.truncated else stages
+        self.stages = self.truncate_in_place(stages) if config.truncated else stages
         self.exit_config = ExitConfig()
         self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("stages", "_compiled")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("stages", "compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled = {}
+        self.compiled = None
         # Functions of the backbone, which no pickle holds.
         if not self.config.truncated:
             self.stages = cut_into_stages(self.backbone, self.config.exit_points)
             return
         with torch.device("meta"):
             whole = create_backbone(self.config)
-        self.stages = self._truncated(cut_into_stages(whole, self.config.exit_points))
+        self.stages = self.truncate_in_place(cut_into_stages(whole, self.config.exit_points))
 
-    def _truncated(self, stages: list[Stage]) -> list[Stage]:
-        """The first stage only, and nothing in the backbone that it does not use."""
+    def truncate_in_place(self, stages: list[Stage]) -> list[Stage]:
+        """Remove what the first stage does not use from the backbone, and return that stage alone."""
         if len(stages) != 2:
             raise ValueError(
                 f"A truncated network ends at its one exit point; `exit_points` is {self.config.exit_points}. Give "
@@ -193,7 +192,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.config.exit_points = [self.stages[exit].name]
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
-        small.stages = small._truncated(cut_into_stages(small.backbone, small.config.exit_points))
+        small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         return small
 
@@ -234,37 +233,37 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         if self.backbone_frozen:
             self.backbone.eval()
         if mode:
-            self._compiled = {}
+            self.compiled = None
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
         super()._apply(*args, **kwargs)
-        for index, head in enumerate(self.exit_heads):
-            if isinstance(head, ExitHead) and isinstance(self._compiled.get(f"head {index}"), FoldedHead):
-                self._compiled[f"head {index}"] = FoldedHead(head)
+        if self.compiled is not None:
+            self.compiled.refold(self.exit_heads)
         return self
 
-    def run_stage(self, index: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def run_stage(self, index: int, state: StageState) -> StageState:
         """
-        Runs a stage of the backbone.
+        Run a stage of the backbone.
 
         Args:
             index (`int`): Which one.
-            state (`tuple`): What the stage before returned, or `(pixel_values,)` for the first.
-
-        Returns:
-            `tuple`: the stage's feature, alone on most networks, and what later stages need besides.
+            state ([`StageState`]): What the stage before returned, or `StageState.from_images(pixel_values)`.
         """
+        stage = self.stages[index]
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(self.stages[index].run, self.backbone, state)
-        return self._compiled.get(f"stage {index}", self.stages[index].forward)(self.backbone, *state)
+            values = self._gradient_checkpointing_func(stage.forward, self.backbone, *state.values)
+        else:
+            forward = stage.forward if self.compiled is None else self.compiled.stages[index]
+            values = forward(self.backbone, *state.values)
+        return StageState(values, stage.batched, state.batch_size)
 
-    def _run_stages(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The feature of each stage as its head wants it, and at last the one that the backbone's own head wants."""
-        state: tuple[Any, ...] = (pixel_values,)
+    def _stage_features(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the feature of each stage as its head takes it, and at last the one for the backbone's own head."""
+        state = StageState.from_images(pixel_values)
         for index, stage in enumerate(self.stages):
             state = self.run_stage(index, state)
-            yield stage.feature(state) if index < len(self.exit_heads) else state[0]
+            yield stage.feature(state) if index < len(self.exit_heads) else state.values[0]
 
     def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
@@ -278,13 +277,14 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             backbone's own head does. [`~ScanForImageClassification.forward`] takes it as `stage_features`.
         """
         self.check_pixel_values(pixel_values)
-        return tuple(self._run_stages(pixel_values))
+        return tuple(self._stage_features(pixel_values))
 
-    def run_exit(self, index: int, state: tuple[Any, ...]) -> torch.Tensor:
-        """An exit's logits `(batch_size, num_labels)` from what its stage returned."""
+    def run_exit(self, index: int, state: StageState) -> torch.Tensor:
+        """Return an exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == len(self.exit_heads):
-            return self._compiled.get("deepest head", self.backbone.forward_head)(state[0])
-        head = self._compiled.get(f"head {index}", self.exit_heads[index])
+            compiled = None if self.compiled is None else self.compiled.deepest_head
+            return (compiled or self.backbone.forward_head)(state.values[0])
+        head = self.exit_heads[index] if self.compiled is None else self.compiled.heads[index]
         return head(self.stages[index].feature(state))[1]
 
     def compile_stages(self, **kwargs: Any) -> None:
@@ -313,27 +313,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         torch.Size([3, 10])
         ```
         """
-        for index, stage in enumerate(self.stages):
-            self._compiled[f"stage {index}"] = torch.compile(stage.forward, **kwargs)
-        for index, head in enumerate(self.exit_heads):
-            if isinstance(head, ExitHead) and all(weight.device.type == "cpu" for weight in head.parameters()):
-                self._compiled[f"head {index}"] = FoldedHead(head)
-                continue
-            # What is compiled belongs to a function's code, which a few heads would fill: each gets its own.
-            forward = FunctionType(ExitHead.forward.__code__.replace(), ExitHead.forward.__globals__)
-            self._compiled[f"head {index}"] = torch.compile(MethodType(forward, head), **kwargs)
-        if not self.config.truncated:
-            self._compiled["deepest head"] = torch.compile(self.backbone.forward_head, **kwargs)
-
-    def join_states(self, index: int, states: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What a stage returned for several batches, as for one batch of all of them."""
-        return self.stages[index].join(states)
-
-    def select_rows(
-        self, index: int, state: tuple[Any, ...], rows: torch.Tensor | slice, batch_size: int
-    ) -> tuple[Any, ...]:
-        """What a stage returned, of the images `rows` of a batch of `batch_size` only."""
-        return self.stages[index].select(state, rows, batch_size)
+        deepest_head = None if self.config.truncated else self.backbone.forward_head
+        self.compiled = CompiledStages(self.stages, self.exit_heads, deepest_head, **kwargs)
 
     def forward(
         self,
@@ -363,33 +344,35 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        look = not torch.compiler.is_compiling()
+        check_values = not torch.compiler.is_compiling()
         if pixel_values is not None:
-            self.check_pixel_values(pixel_values, values=look and pixel_values.device.type == "cpu")
-            features = self._run_stages(pixel_values)
+            self.check_pixel_values(pixel_values, values=check_values and pixel_values.device.type == "cpu")
+            features = self._stage_features(pixel_values)
         elif stage_features is not None:
             features = iter(stage_features)
         else:
             raise ValueError("Neither `pixel_values` nor `stage_features` are given; expected images, or features.")
-        if labels is not None and look and labels.device.type == "cpu":
+        if labels is not None and check_values and labels.device.type == "cpu":
             self.check_labels(labels)
 
         exit_logits: list[torch.Tensor] = []
         exit_features: list[torch.Tensor] = []
         masks: list[torch.Tensor] = []
-        for head in self.exit_heads:
-            pooled, logits, mask = head(next(features))
-            exit_logits.append(logits)
-            if mask is not None:
-                masks.append(mask)
-            if output_exit_features:
-                exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
-        for feature in features:  # the deepest, unless the network ends before it
+        for index, feature in enumerate(features):
+            if index < len(self.exit_heads):
+                head = self.exit_heads[index]
+                pooled, logits, mask = head(feature)
+                exit_logits.append(logits)
+                if mask is not None:
+                    masks.append(mask)
+                if output_exit_features:
+                    exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
+                continue
             exit_logits.append(self.backbone.forward_head(feature))
-        if output_exit_features and not self.config.truncated:
-            # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
-            with torch.no_grad():
-                exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))
+            if output_exit_features:
+                # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
+                with torch.no_grad():
+                    exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))
 
         loss = None
         if labels is not None:

@@ -19,7 +19,47 @@ from timm.models import get_notrace_functions
 from torch import fx, nn
 
 
-State = tuple[Any, ...]
+@dataclass(frozen=True)
+class StageState:
+    """
+    All that later stages need of what ran so far, for the images of one batch.
+
+    Args:
+        values (`tuple`): What a stage returned; in front of the first stage, the images alone. The first value holds
+            the stage's feature.
+        batched (`tuple[bool, ...]`): Which of the values have rows that belong to the images. The others, such as a
+            position encoding, are the same for all.
+        batch_size (`int`): Number of images.
+    """
+
+    values: tuple[Any, ...]
+    batched: tuple[bool, ...]
+    batch_size: int
+
+    @classmethod
+    def from_images(cls, pixel_values: torch.Tensor) -> "StageState":
+        """Return the state in front of the first stage, from images `(batch_size, num_channels, height, width)`."""
+        return cls((pixel_values,), (True,), len(pixel_values))
+
+    def select(self, rows: torch.Tensor | slice) -> "StageState":
+        """
+        Return the state of some images only.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(n,)`, or `slice`): Which images of the batch.
+        """
+        count = len(range(self.batch_size)[rows]) if isinstance(rows, slice) else len(rows)
+        pairs = zip(self.values, self.batched)
+        values = tuple(_rows(value, rows, self.batch_size) if batched else value for value, batched in pairs)
+        return StageState(values, self.batched, count)
+
+    @staticmethod
+    def join(states: Sequence["StageState"]) -> "StageState":
+        """Return the state of one batch of all images of several states, whose images are of one size."""
+        first = states[0]
+        columns = zip(zip(*(state.values for state in states)), first.batched)
+        values = tuple(_cat(values) if batched else values[0] for values, batched in columns)
+        return StageState(values, first.batched, sum(state.batch_size for state in states))
 
 
 @dataclass(frozen=True)
@@ -44,23 +84,23 @@ class Stage:
     name: str
     channels: int
     reduction: int
-    forward: Callable[..., State]
+    forward: Callable[..., tuple[Any, ...]]
     batched: tuple[bool, ...]
     parts: frozenset[str]
     channels_last: bool = False
     num_prefix_tokens: int = 1
 
-    def run(self, backbone: nn.Module, state: State) -> State:
-        """Goes on from what the stage before returned; the first stage takes `(images,)`."""
-        return self.forward(backbone, *state)
+    def run(self, backbone: nn.Module, state: StageState) -> StageState:
+        """Run the stage on what the stage before returned."""
+        return StageState(self.forward(backbone, *state.values), self.batched, state.batch_size)
 
-    def feature(self, state: State) -> torch.Tensor:
+    def feature(self, state: StageState) -> torch.Tensor:
         """
-        The stage's feature as a map, whatever it is in the model: channels first or last, or a square of tokens,
-        alone or the first fitting one of several tensors.
+        Return the stage's feature as a map, whatever it is in the model: channels first or last, or a square of
+        tokens, alone or the first fitting one of several tensors.
 
         Args:
-            state (`tuple`): What [`~Stage.run`] returned.
+            state ([`StageState`]): What [`~Stage.run`] returned.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`: a view.
@@ -68,7 +108,7 @@ class Stage:
         Raises:
             `ValueError`: if there is no such map.
         """
-        for value in _tensors(state[0]):
+        for value in _tensors(state.values[0]):
             if value.ndim == 4 and self.channels in (value.shape[1], value.shape[3]):
                 last = value.shape[3] == self.channels and (self.channels_last or value.shape[1] != self.channels)
                 return value.permute(0, 3, 1, 2) if last else value
@@ -80,24 +120,9 @@ class Stage:
                     if count > 0 and side * side == count:
                         return value[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
         raise ValueError(
-            f"{self.name!r} returns {[tuple(value.shape) for value in _tensors(state[0])]}; expected a map or a "
-            f"square of tokens with {self.channels} channels. Choose other `exit_points`, or images that are square."
+            f"{self.name!r} returns {[tuple(value.shape) for value in _tensors(state.values[0])]}; expected a map or "
+            f"a square of tokens with {self.channels} channels. Choose other `exit_points`, or images that are square."
         )
-
-    def join(self, states: list[State]) -> State:
-        """The states of several batches, whose images are of one size, as the state of one batch of all of them."""
-        return tuple(_cat(values) if own else values[0] for values, own in zip(zip(*states), self.batched))
-
-    def select(self, state: State, rows: torch.Tensor | slice, batch_size: int) -> State:
-        """
-        The state of some images only.
-
-        Args:
-            state (`tuple`): What [`~Stage.run`] returned for a batch.
-            rows (`torch.LongTensor` of shape `(n,)`, or `slice`): Which images of the batch.
-            batch_size (`int`): How many images the batch has.
-        """
-        return tuple(_rows(value, rows, batch_size) if own else value for value, own in zip(state, self.batched))
 
 
 def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -> list[Stage]:
@@ -120,10 +145,10 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
 
     ```python
     >>> import timm, torch
-    >>> from hf_scan.model.stages import cut_into_stages
+    >>> from hf_scan.model.stages import StageState, cut_into_stages
 
     >>> backbone = timm.create_model("resnet18", num_classes=10).eval()
-    >>> state = (torch.rand(2, 3, 64, 64),)
+    >>> state = StageState.from_images(torch.rand(2, 3, 64, 64))
     >>> for stage in cut_into_stages(backbone):
     ...     state = stage.run(backbone, state)
     ...     print(stage.name, tuple(stage.feature(state).shape))
@@ -345,7 +370,7 @@ def _needed_after(
 
 def _function(
     received: list[fx.Node], steps: list[fx.Node], results: list[Any], kinds: dict[fx.Node, str], name: str
-) -> tuple[Callable[..., State], frozenset[str]]:
+) -> tuple[Callable[..., tuple[Any, ...]], frozenset[str]]:
     """Some steps as a function of the backbone and the values received, and which parts of the backbone it uses."""
     graph = fx.Graph()
     here = {node: graph.placeholder(node.name) for node in received}

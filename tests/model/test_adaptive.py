@@ -218,7 +218,7 @@ def test_no_thresholds_and_unknown_arguments(model, images):
 def test_non_finite_pixels(model, images, value):
     images = images.clone()
     images[3, 1, 2, 2] = value
-    with pytest.raises(ValueError, match="NaN or infinite values; expected finite"):
+    with pytest.raises(ValueError, match="NaN or infinite values at position 3 of the batch; expected finite"):
         model.predict_adaptive(images, thresholds=[0.5, 0.5])
 
 
@@ -457,3 +457,45 @@ def test_other_errors_are_not_tried_again():
     with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
         within_memory(run, 16)
     assert tried == [16]
+
+
+def test_bad_images_are_skipped_and_the_others_answered(model, images):
+    bad = images.clone()
+    bad[3, 1, 2, 2], bad[8, 0, 0, 0] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match="at positions 3, 8 of the batch"):
+        model.predict_adaptive(bad, thresholds=[0.6, 0.6])
+    answer = model.predict_adaptive(bad, thresholds=[0.6, 0.6], on_error="skip")
+    expected = model.predict_adaptive(images, thresholds=[0.6, 0.6])
+    good = [row for row in range(len(images)) if row not in (3, 8)]
+    assert answer.exit_index[[3, 8]].tolist() == [-1, -1]
+    assert answer.logits[[3, 8]].isnan().all()
+    assert torch.equal(answer.exit_index[good], expected.exit_index[good])
+    torch.testing.assert_close(answer.logits[good], expected.logits[good])
+    nothing = model.predict_adaptive(bad[3:4], thresholds=[0.6, 0.6], on_error="skip")
+    assert nothing.exit_index.tolist() == [-1]
+    assert nothing.logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("criterion", sorted(EXIT_CRITERIA))
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
+def test_logits_that_are_not_finite_leave_at_no_exit(images, criterion, value, fallback):
+    """Whatever the criterion makes of them, and alone as in a batch; the others in the batch are answered."""
+    model = random_scan_model()
+    run_exit, answers_of_the_third = model.run_exit, model(images[2:3]).exit_logits
+
+    def spoiled(index, state):
+        logits = run_exit(index, state).clone()
+        third = (logits - answers_of_the_third[index]).abs().amax(dim=1) < 1e-4
+        logits[third, 2] = value
+        return logits
+
+    model.run_exit = spoiled
+    policy = {"thresholds": [0.0, 0.0, 0.0], "criterion": criterion, "fallback": fallback}
+    with pytest.raises(ValueError, match="not finite at position 0 of the batch"):
+        model.predict_adaptive(images[2:3], **policy)
+    with pytest.raises(ValueError, match="not finite at position 2 of the batch"):
+        model.predict_adaptive(images[:6], **policy)
+    answer = model.predict_adaptive(images[:6], on_error="skip", **policy)
+    assert (answer.exit_index == -1).tolist() == [False, False, True, False, False, False]
+    assert answer.logits[[0, 1, 3, 4, 5]].isfinite().all()

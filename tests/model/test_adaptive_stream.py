@@ -1,4 +1,5 @@
-from collections import Counter, deque
+import tracemalloc
+from collections import Counter
 
 import pytest
 import torch
@@ -181,15 +182,48 @@ def test_empty_batches_are_passed_over(model, images):
     assert answers["ids"].tolist() == list(range(5))
 
 
+def test_an_unordered_stream_keeps_nothing_of_what_is_done(model, images):
+    """Nor does an ordered one, once an image's answer is given."""
+    for ordered in (False, True):
+        held = []
+        tracemalloc.start()
+        batches = (images[:20] for _ in range(150))
+        for answer in model.predict_adaptive_stream(batches, batch_size=20, ordered=ordered, thresholds=[0.0, 0.0]):
+            del answer
+            held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert held[-1] - held[20] < 30_000  # the numbers of 2,600 images alone would take three times that
+
+
 @pytest.mark.parametrize("ordered", [False, True])
-def test_only_who_wants_the_order_keeps_it(model, images, monkeypatch, ordered):
-    kept = []
+def test_a_bad_image_costs_the_others_nothing(model, images, ordered):
+    bad = images.clone()
+    bad[3, 0, 2, 2] = torch.nan
+    good = [row for row in range(len(images)) if row != 3]
+    expected = model.predict_adaptive(images, thresholds=LIMITS)
+    answers = gathered(
+        model.predict_adaptive_stream(bad.split(5), batch_size=4, ordered=ordered, on_error="skip", thresholds=LIMITS)
+    )
+    assert answers["ids"].sort().values.tolist() == list(range(len(images)))
+    assert not ordered or answers["ids"].tolist() == list(range(len(images)))
+    found = {name: values[answers["ids"].argsort()] for name, values in answers.items()}
+    assert found["exit_index"][3] == -1
+    assert found["logits"][3].isnan().all()
+    assert torch.equal(found["exit_index"][good], expected.exit_index[good])
+    torch.testing.assert_close(found["logits"][good], expected.logits[good])
 
-    class Arrived(deque):
-        def extend(self, rows):
-            kept.extend(rows)
-            super().extend(rows)
 
-    monkeypatch.setattr("hf_scan.model.adaptive_stream.deque", Arrived)
-    list(model.predict_adaptive_stream([images], batch_size=4, ordered=ordered, thresholds=LIMITS))
-    assert len(kept) == (len(images) if ordered else 0)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_an_error_says_which_image_and_comes_after_the_answers(model, images, ordered):
+    bad = images.clone()
+    bad[7, 0, 2, 2] = torch.inf
+    seen = []
+    stream = model.predict_adaptive_stream(bad.split(5), batch_size=4, ordered=ordered, thresholds=LIMITS)
+    with pytest.raises(ValueError, match=r"at position 7 of the stream"):
+        seen.extend(row for answer in stream for row in answer.ids.tolist())
+    assert sorted(seen) == [row for row in range(10) if row != 7]
+
+
+def test_a_way_of_treating_errors_that_there_is_not(model, images):
+    with pytest.raises(ValueError, match="`on_error` is 'ignore'; expected 'raise' or 'skip'"):
+        model.predict_adaptive_stream([images], on_error="ignore", thresholds=LIMITS)

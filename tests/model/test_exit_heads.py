@@ -8,6 +8,7 @@ from hf_scan import ScanConfig, ScanForImageClassification
 from hf_scan.costs import count_macs
 from hf_scan.model.exit_heads import ConvAttention, ConvClassifier, ExitHead, MapMean, SeparableAttention
 from hf_scan.model.folded_heads import FoldedHead
+from hf_scan.model.stages import StageState
 
 
 def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -52,9 +53,10 @@ def test_every_kind_gives_a_feature_of_the_deepest_width(attention_type, classif
 
 def test_the_stage_behind_never_sees_a_mask(model, images):
     """Whatever the heads do, the deepest logits stay the backbone's, and heads leave the feature as it is."""
-    (feature,) = model.run_stage(0, (images,))
+    state = model.run_stage(0, StageState.from_images(images))
+    (feature,) = state.values
     before = feature.clone()
-    model.run_exit(0, (feature,))
+    model.run_exit(0, state)
     assert torch.equal(feature, before)
 
 

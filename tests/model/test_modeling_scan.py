@@ -23,6 +23,7 @@ from hf_scan.model.exit_criteria import confidence_of
 from hf_scan.model.exit_rule import apply_exit_rule
 from hf_scan.model.folded_heads import FoldedHead
 from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.model.stages import StageState
 from hf_scan.training.baseline import plain_copy
 
 from ..conftest import random_scan_model
@@ -109,7 +110,7 @@ def test_attention_masks(model, images):
     assert [mask.shape[:2] for mask in out.attentions] == [(24, 64)] * 2
     assert all(mask.min() > 0 and mask.max() < 1 for mask in out.attentions)
     # What the exit sees is its feature through the mask.
-    (feature,) = model.run_stage(0, (images,))
+    (feature,) = model.run_stage(0, StageState.from_images(images)).values
     head = model.exit_heads[0]
     _, logits = head.classifier(head.squeeze(feature) * out.attentions[0])
     torch.testing.assert_close(logits, out.exit_logits[0])
@@ -523,11 +524,13 @@ def test_a_stage_can_be_exported(model, images):
             self.backbone = model.backbone
 
         def forward(self, pixel_values):
-            return model.stages[0].run(self.backbone, (pixel_values,))[0]
+            return model.stages[0].forward(self.backbone, pixel_values)[0]
 
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(FirstStage(), (images,), dynamic_shapes={"pixel_values": {0: batch}})
-    torch.testing.assert_close(program.module()(images[:5]), model.run_stage(0, (images[:5],))[0])
+    torch.testing.assert_close(
+        program.module()(images[:5]), model.run_stage(0, StageState.from_images(images[:5])).values[0]
+    )
 
 
 def test_the_whole_model_and_a_stage_compile(model, images):
@@ -535,8 +538,10 @@ def test_the_whole_model_and_a_stage_compile(model, images):
     with torch.no_grad():
         whole = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(whole(images).logits, model(images).logits)
-        stage = torch.compile(model.stages[0].run, backend="eager", fullgraph=True)
-        assert torch.equal(stage(model.backbone, (images,))[0], model.run_stage(0, (images,))[0])
+        stage = torch.compile(model.stages[0].forward, backend="eager", fullgraph=True)
+        assert torch.equal(
+            stage(model.backbone, images)[0], model.run_stage(0, StageState.from_images(images)).values[0]
+        )
 
 
 def test_channels_last(model, images):
@@ -580,12 +585,19 @@ def test_device_map(model, images, placement, tmp_path):
     assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
 
 
+class FoldedHeads(list):
+    """In place of a network's heads, the same ones folded, as compilation leaves them on a CPU."""
+
+    def __init__(self, heads) -> None:
+        super().__init__(FoldedHead(head) for head in heads)
+
+
 def test_compiled_stages_take_batches_of_any_size(images):
     """Compiled for the first size and a few ranges, as PyTorch divides them, not for each that remains of a batch."""
     model, expected = random_scan_model(), random_scan_model()
     model.compile_stages(backend="eager", fullgraph=True)
     alike = random_scan_model()
-    alike._compiled = {f"head {index}": FoldedHead(head) for index, head in enumerate(alike.exit_heads)}
+    alike.exit_heads = FoldedHeads(alike.exit_heads)
     policy = {"thresholds": [0.6, 0.6, 0.6]}
     for size in (24, 20, 8, 1):
         model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])

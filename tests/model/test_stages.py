@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import hf_scan  # noqa: F401
-from hf_scan.model.stages import cut_into_stages
+from hf_scan.model.stages import StageState, cut_into_stages
 
 
 # The smallest network of every module file of timm that is cut and runs in a few seconds. What is between two stages
@@ -46,7 +46,7 @@ EVERY_FAMILY = [
 
 
 def run(stages, backbone, images):
-    state = (images,)
+    state = StageState.from_images(images)
     for stage in stages:
         state = stage.run(backbone, state)
         yield stage, state
@@ -66,14 +66,14 @@ def test_every_family_runs_in_stages(name):
                 feature = stage.feature(state)
                 assert feature.shape[:2] == (3, stage.channels)
                 assert feature.shape[2] == pytest.approx(images.shape[2] / stage.reduction, rel=0.1, abs=1)
-        assert torch.equal(backbone.forward_head(state[0]), plain)
+        assert torch.equal(backbone.forward_head(state.values[0]), plain)
 
-        rows, batch, state = torch.tensor([2, 0]), 3, (images,)
+        rows, state = torch.tensor([2, 0]), StageState.from_images(images)
         for stage in stages:
             state = stage.run(backbone, state)
             if stage is stages[0]:
-                state = stage.select(state, rows, batch)
-        few = backbone.forward_head(state[0])
+                state = state.select(rows)
+        few = backbone.forward_head(state.values[0])
     torch.testing.assert_close(few, plain[rows], rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
 
 
@@ -107,7 +107,7 @@ def test_any_subset_of_exit_points(exit_points):
     ]
     with torch.no_grad():
         *_, (_, state) = run(stages, backbone, images)
-        assert torch.equal(backbone.forward_head(state[0]), backbone(images))
+        assert torch.equal(backbone.forward_head(state.values[0]), backbone(images))
 
 
 @pytest.mark.parametrize("name", ["legacy_xception", "test_vit", "swin_tiny_patch4_window7_224", "cifar_wrn20_8"])
@@ -120,7 +120,7 @@ def test_a_stage_for_every_tap(name):
     assert len(stages) == len(backbone.feature_info)
     with torch.no_grad():
         *_, (_, state) = run(stages, backbone, images)
-        assert torch.equal(backbone.forward_head(state[0]), backbone(images))
+        assert torch.equal(backbone.forward_head(state.values[0]), backbone(images))
 
 
 def test_default_exit_points_are_no_shallower_than_reduction_4():
@@ -187,9 +187,9 @@ def test_what_happens_between_modules_happens(between):
     backbone, images = _Net(between), torch.randn(3, 3, 8, 8)
     first, second = cut_into_stages(backbone)
     plain = backbone.forward_features(images)
-    assert torch.equal(second.run(backbone, first.run(backbone, (images,)))[0], plain)
-    few = first.select(first.run(backbone, (images,)), torch.tensor([2, 1]), 3)
-    torch.testing.assert_close(second.run(backbone, few)[0], plain[[2, 1]])
+    assert torch.equal(second.run(backbone, first.run(backbone, StageState.from_images(images))).values[0], plain)
+    few = first.run(backbone, StageState.from_images(images)).select(torch.tensor([2, 1]))
+    torch.testing.assert_close(second.run(backbone, few).values[0], plain[[2, 1]])
 
 
 class _Counts(_Net):
@@ -204,8 +204,8 @@ def test_the_number_of_images_is_that_of_those_still_there():
     torch.manual_seed(0)
     backbone, images = _Counts(None), torch.randn(3, 3, 8, 8)
     first, second = cut_into_stages(backbone)
-    few = first.select(first.run(backbone, (images,)), torch.tensor([2, 1]), 3)
-    torch.testing.assert_close(second.run(backbone, few)[0], backbone.forward_features(images)[[2, 1]])
+    few = first.run(backbone, StageState.from_images(images)).select(torch.tensor([2, 1]))
+    torch.testing.assert_close(second.run(backbone, few).values[0], backbone.forward_features(images)[[2, 1]])
 
 
 def test_a_decision_by_value_is_refused():
@@ -221,7 +221,7 @@ def test_weights_are_those_of_the_moment():
     backbone.pos_embed = nn.Parameter(torch.randn_like(backbone.pos_embed))
     backbone.blocks[3] = nn.Identity()
     *_, (_, state) = run(stages, backbone, images)
-    assert torch.equal(backbone.forward_head(state[0]), backbone(images))
+    assert torch.equal(backbone.forward_head(state.values[0]), backbone(images))
 
 
 @pytest.mark.parametrize(
