@@ -39,13 +39,15 @@ MINIMAL_CARD = """---
 
 # {name}
 
-An image classifier with early exits.
+An image classifier with early exits: a `{backbone}` of timm that answers easy images before its last layer.
+{thresholds}
 
 ```python
-import hf_scan
-from transformers import pipeline
+import hf_scan  # registers the model with Transformers
+from transformers import AutoModelForImageClassification
 
-classify = pipeline("image-classification", model="{name}")
+model = AutoModelForImageClassification.from_pretrained("{name}")
+answer = {call}  # `image` as the model's image processor prepares it
 ```
 """
 
@@ -211,13 +213,21 @@ class HubMixin(PreTrainedModel):
             return None
         except EntryNotFoundError:
             data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
-            return ModelCard(MINIMAL_CARD.format(metadata=data.to_yaml(), name=repo_id))
+            return ModelCard(MINIMAL_CARD.format(metadata=data.to_yaml(), name=repo_id, **self._card_facts()))
         except Exception as error:  # of the client, whose kinds differ between its versions
             logger.warning(f"The card of {repo_id} cannot be read ({error}), and is left as it is.")
             return None
         known = card.data.tags or []
         card.data.tags = list(dict.fromkeys([*known, *tags]))
         return card if card.data.tags != known else None
+
+    def _card_facts(self) -> dict[str, str]:
+        """Return what the minimal card says of the network."""
+        if self.exit_config.thresholds is None:
+            text, call = "It has no thresholds yet: all images run to the end.", "model(image[None]).logits"
+        else:
+            text, call = "Its thresholds are in `exit_config.json`.", "model.predict_adaptive(image[None]).logits"
+        return {"backbone": self.config.backbone, "thresholds": text, "call": call}
 
     @contextmanager
     def _with_code(self, included: bool) -> Iterator[None]:

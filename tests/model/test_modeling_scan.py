@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+from hf_scan.model.compiled_stages import CompiledStages
 from hf_scan.model.exit_criteria import confidence_of
 from hf_scan.model.exit_rule import apply_exit_rule
-from hf_scan.model.folded_heads import FoldedHead
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.model.stages import StageState
 from hf_scan.training.baseline import plain_copy
@@ -549,7 +549,7 @@ def test_channels_last(model, images):
     pixels = images.to(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(last(pixels).exit_logits, model(images).exit_logits, rtol=1e-3, atol=1e-4)
-    (feature,) = last.run_stage(0, (pixels,))
+    (feature,) = last.run_stage(0, StageState.from_images(pixels)).values
     assert feature.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -585,19 +585,13 @@ def test_device_map(model, images, placement, tmp_path):
     assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
 
 
-class FoldedHeads(list):
-    """In place of a network's heads, the same ones folded, as compilation leaves them on a CPU."""
-
-    def __init__(self, heads) -> None:
-        super().__init__(FoldedHead(head) for head in heads)
-
-
 def test_compiled_stages_take_batches_of_any_size(images):
     """Compiled for the first size and a few ranges, as PyTorch divides them, not for each that remains of a batch."""
     model, expected = random_scan_model(), random_scan_model()
     model.compile_stages(backend="eager", fullgraph=True)
     alike = random_scan_model()
-    alike.exit_heads = FoldedHeads(alike.exit_heads)
+    alike.compiled = CompiledStages([], alike.exit_heads, None)  # heads folded, and nothing compiled
+    alike.compiled.stages = [stage.forward for stage in alike.stages]
     policy = {"thresholds": [0.6, 0.6, 0.6]}
     for size in (24, 20, 8, 1):
         model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
