@@ -4,6 +4,7 @@
 from typing import Any
 
 from transformers import ImageClassificationPipeline
+from transformers.utils import ModelOutput
 
 from .model.adaptive import AdaptiveInferenceMixin
 from .model.exit_config import ExitConfig
@@ -77,7 +78,10 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
             adaptive = exit_config is not None or (has_exits and self.model.exit_config.thresholds is not None)
         if adaptive:
             return self.model.predict_adaptive(model_inputs["pixel_values"], exit_config=exit_config)
-        return super()._forward(model_inputs)
+        answer = super()._forward(model_inputs)
+        # The pipeline divides a batch into its images, entry by entry, and takes a tuple's elements for images. So the
+        # outputs of all exits are left out.
+        return ModelOutput(logits=answer.logits) if has_exits else answer
 
     def postprocess(self, model_outputs: Any, return_exit: bool = False, **kwargs: Any) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = super().postprocess(model_outputs, **kwargs)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_scan import ExitConfig, ScanForImageClassification
 
@@ -95,6 +96,43 @@ def test_without_thresholds_the_deepest_exit_answers(folder, pictures, expected,
         classify(pictures[0], adaptive=True)
     with pytest.raises(ValueError, match="`return_exit` is for adaptive answers"):
         classify(pictures[0], return_exit=True)
+
+
+def as_list(pictures, folder):
+    return pictures
+
+
+def as_paths(pictures, folder):
+    for index, picture in enumerate(pictures):
+        picture.save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(len(pictures))]
+
+
+def as_generator(pictures, folder):
+    return (picture for picture in pictures)
+
+
+def as_key_dataset(pictures, folder):
+    return KeyDataset(datasets.Dataset.from_dict({"image": pictures}).cast_column("image", datasets.Image()), "image")
+
+
+@pytest.mark.parametrize("given", [as_list, as_paths, as_generator, as_key_dataset])
+@pytest.mark.parametrize("thresholds", [None, [0.55, 0.6, 0.8]])
+def test_batches_of_the_deepest_exit_are_any_size(folder, pictures, tmp_path, thresholds, given):
+    """Among them more images than there are exits, with which Transformers would take the exits for the images."""
+    model = ScanForImageClassification.from_pretrained(folder)
+    model.exit_config = ExitConfig(thresholds=thresholds)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    classify = pipeline("image-classification", model=model, image_processor=processor)
+    with torch.no_grad():
+        logits = model(processor(pictures, return_tensors="pt")["pixel_values"]).logits
+    expected = [model.config.id2label[int(index)] for index in logits.argmax(-1)]
+    for batch_size in (model.num_exits + 1, 5, len(pictures)):
+        found = list(classify(given(pictures, tmp_path), batch_size=batch_size, adaptive=False))
+        assert [row[0]["label"] for row in found] == expected
+    if thresholds is None:
+        found = list(classify(given(pictures, tmp_path), batch_size=5))
+        assert [row[0]["label"] for row in found] == expected
 
 
 def test_other_models_are_left_alone(folder, pictures):
