@@ -2,39 +2,40 @@
 """Early exits for timm backbones: trained with a `Trainer`, shared on the Hub, faster on the clock."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from transformers import AutoConfig, AutoModelForImageClassification
-from transformers.pipelines import PIPELINE_REGISTRY
-
-from .model.configuration_scan import ScanConfig
-from .model.exit_config import ExitConfig
-from .model.exit_rule import AdaptiveOutput, apply_exit_rule
-from .model.modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
-from .pipeline import ScanImageClassificationPipeline
 
 
 if TYPE_CHECKING:
     from .calibration import RiskBound, calibrate, certify_thresholds
     from .calibration.monitor import ExitMonitor
     from .costs import MeasuredCosts, measure_costs, predicted_speedup, realised_speedup
+    from .model.configuration_scan import ScanConfig
+    from .model.exit_config import ExitConfig
+    from .model.exit_rule import AdaptiveOutput, apply_exit_rule
+    from .model.modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
     from .training.trainer import ScanTrainer
     from .training.training_args import ScanTrainingArguments
 
 __version__ = "0.1.0.dev0"
 
-AutoConfig.register(ScanConfig.model_type, ScanConfig)
-AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
-# Not by `register_pipeline`, which warns of a task that is there already.
-PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = ScanImageClassificationPipeline
+# `hf_scan.runtime` answers where neither is installed.
+if find_spec("torch") is not None and find_spec("transformers") is not None:
+    import_module(".registration", __name__)
 
 # Imported lazily so that inference does not load training dependencies.
 _IMPORTED_WHEN_USED = {
+    "AdaptiveOutput": ".model.exit_rule",
+    "ExitConfig": ".model.exit_config",
     "ExitMonitor": ".calibration.monitor",
     "MeasuredCosts": ".costs",
     "RiskBound": ".calibration",
+    "ScanConfig": ".model.configuration_scan",
+    "ScanForImageClassification": ".model.modeling_scan",
+    "ScanImageClassifierOutput": ".model.modeling_scan",
     "ScanTrainer": ".training.trainer",
     "ScanTrainingArguments": ".training.training_args",
+    "apply_exit_rule": ".model.exit_rule",
     "calibrate": ".calibration",
     "certify_thresholds": ".calibration",
     "measure_costs": ".costs",

@@ -6,7 +6,6 @@ from typing import Any
 from transformers import ImageClassificationPipeline
 from transformers.utils import ModelOutput
 
-from .model.adaptive import AdaptiveInferenceMixin
 from .model.exit_config import ExitConfig
 
 
@@ -68,7 +67,7 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         return preprocess, forward, postprocess
 
     def _forward(self, model_inputs: Any, adaptive: bool | None = None, exit_config: ExitConfig | None = None) -> Any:
-        has_exits = isinstance(self.model, AdaptiveInferenceMixin)
+        has_exits = hasattr(self.model, "predict_adaptive")  # of PyTorch, or exported
         if not has_exits and (adaptive or exit_config is not None):
             asked = "adaptive" if adaptive else "exit_config"
             raise ValueError(f"`{asked}` is given, and a {type(self.model).__name__} has no early exits.")

@@ -20,7 +20,7 @@ ROOMS = {
     "model": set(),
     "data": set(),
     "costs": {"model"},
-    "runtime": {"model", "data"},
+    "runtime": {"model", "data", "costs"},
     "calibration": {"model", "data", "costs", "runtime"},
     "metrics": {"model"},
     "reporting": {"model", "data", "costs", "runtime", "calibration"},

@@ -51,6 +51,9 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
     ```
     """
 
+    if (known := getattr(model, "counted", None)) is not None:  # an exported network's, when it was exported
+        return ExitCosts(**known["macs"])
+
     def counted(part: Callable[..., Any], index: int, state: StageState) -> tuple[int, Any]:
         with FlopCounterMode(display=False) as counter:
             output = part(index, state)
@@ -72,6 +75,8 @@ def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
     Counts the parameters of each stage and head; one that several stages use, with the first of them. Of an exit head,
     those that it answers with: the projection of its feature for the hint is for training.
     """
+    if (known := getattr(model, "counted", None)) is not None:
+        return ExitCosts(**known["parameters"])
     left = dict(model.backbone.named_parameters())
     stages: list[float] = []
     for stage in model.stages:
@@ -179,6 +184,8 @@ def measure_costs(
 
 def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
     """Seconds of each stage and its head, in their order, and of the plain network."""
+    if hasattr(model, "time_parts"):  # an exported network runs a stage and its head in one
+        return model.time_parts(images)
     state = StageState.from_images(images)
     seconds = []
     for index in range(model.num_exits):
@@ -293,6 +300,8 @@ def _example(model: "ScanForImageClassification", batch_size: int, fill: Callabl
     """Images as the model takes them: of its size and type, on its device and in its memory format."""
     size = model.config.image_size
     assert size is not None  # the network filled it in
+    if hasattr(model, "manifest"):
+        return fill(batch_size, *model.manifest.image["shape"])
     images = fill(batch_size, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
     channels_last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
     return images.to(memory_format=torch.channels_last) if channels_last else images

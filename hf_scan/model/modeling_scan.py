@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -315,6 +316,25 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         """
         deepest_head = None if self.config.truncated else self.backbone.forward_head
         self.compiled = CompiledStages(self.stages, self.exit_heads, deepest_head, **kwargs)
+
+    def export_onnx(self, folder: Any, **kwargs: Any) -> None:
+        """
+        Export the network to ONNX, for [`~hf_scan.runtime.ORTScanForImageClassification`] and other runtimes.
+
+        Args:
+            folder (`str` or `Path`): Where to.
+            kwargs: For [`~hf_scan.runtime.export_onnx`], which explains all: `calibration_dataset`,
+                `include_preprocessing` and `opset`.
+
+        Raises:
+            `ImportError`: if the network came with code of its own and `hf_scan` is not installed.
+        """
+        # This file travels with checkpoints, and the export does not.
+        try:
+            runtime = import_module("hf_scan.runtime")
+        except ModuleNotFoundError as error:
+            raise ImportError(f"The export to ONNX needs hf_scan ({error}). `pip install 'hf_scan[onnx]'`.") from error
+        runtime.export_onnx(self, folder, **kwargs)
 
     def forward(
         self,

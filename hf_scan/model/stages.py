@@ -39,7 +39,7 @@ class StageState:
     @classmethod
     def from_images(cls, pixel_values: torch.Tensor) -> "StageState":
         """Return the state in front of the first stage, from images `(batch_size, num_channels, height, width)`."""
-        return cls((pixel_values,), (True,), len(pixel_values))
+        return cls((pixel_values,), (True,), pixel_values.shape[0])  # symbolic in an export, as `len` is not
 
     def select(self, rows: torch.Tensor | slice) -> "StageState":
         """

@@ -1,0 +1,375 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Export a network to ONNX: once as a whole, cut into stages, and compared with PyTorch before it is put in place."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..costs.measure import count_macs, count_parameters
+from ..model.evaluation_mode import evaluating
+from ..model.exit_rule import apply_exit_rule
+from ..model.stages import StageState
+from .manifest import ONNX_FOLDER, Manifest
+from .numpy_rule import RULE, ExitSettings, plan_steps
+
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..model.modeling_scan import ScanForImageClassification
+
+
+INT8_FOLDER = "int8"
+# Batch sizes at which what was exported is compared with PyTorch, and by how much it may differ, of the largest logit:
+# a graph that is wrong differs by far more, and roundings of deep networks with random weights by up to a fifth of it.
+COMPARED = (1, 2, 5)
+TOLERANCE = 1e-3
+
+
+class _AllStages(nn.Module):
+    """Every exit's logits and what each stage hands on, for the exporter."""
+
+    def __init__(self, model: "ScanForImageClassification", preprocessing: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+
+    def images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.preprocessing is None:
+            return pixel_values
+        mean, std = (torch.tensor(self.preprocessing[name])[:, None, None] for name in ("mean", "std"))
+        return pixel_values.permute(0, 3, 1, 2).float() * (1 / (255 * std)) - mean / std
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = StageState.from_images(self.images(pixel_values))
+        outputs: list[torch.Tensor] = []
+        for index, stage in enumerate(self.model.stages):
+            state = stage.run(self.model.backbone, state)
+            if index == len(self.model.exit_heads):
+                return (*outputs, self.model.backbone.forward_head(state.values[0]))
+            outputs.append(self.model.exit_heads[index](stage.feature(state))[1])
+            if index < self.model.num_exits - 1:
+                # What is the same for every batch is computed again from weights, by the runtime once.
+                own = [value for value, batched in zip(state.values, state.batched) if batched]
+                outputs += [value for value in tree_leaves(own) if isinstance(value, torch.Tensor)]
+        return tuple(outputs)
+
+
+def export_onnx(
+    model: "ScanForImageClassification",
+    folder: str | os.PathLike[str],
+    *,
+    calibration_dataset: Any = None,
+    include_preprocessing: bool = False,
+    opset: int | None = None,
+) -> None:
+    """
+    Export a network to ONNX, for [`ORTScanForImageClassification`] and any other runtime.
+
+    The folder gets `onnx/` with one graph per stage, `adaptive.onnx` for one image, `plain.onnx`, their common
+    `weights.bin` and `manifest.json`, and beside it what a checkpoint has: configuration, exit configuration, image
+    processor and card. With a `calibration_dataset`, the subfolder `int8` holds the same network in 8 bits. A
+    guarantee belongs to the weights and numbers it was certified on, so `int8` gets neither it nor thresholds: find
+    them on that network's own logits with [`~hf_scan.calibrate`].
+
+    Args:
+        model ([`ScanForImageClassification`]): The network. It is exported in float32, in evaluation mode.
+        folder (`str` or `Path`): Replaced as a whole, once everything agrees with PyTorch. A folder that exists must
+            be empty or an earlier export.
+        calibration_dataset (*optional*): Rows with `pixel_values` as the network takes them, or a tensor of images:
+            real ones, a few hundred, by which the ranges of 8-bit numbers are chosen. None makes no `int8`.
+        include_preprocessing (`bool`, *optional*, defaults to `False`): Whether the graphs take images as cameras give
+            them, uint8 of shape `(batch_size, height, width, channels)`, and normalise them.
+        opset (`int`, *optional*, defaults to 20): Version of ONNX's operators.
+
+    Raises:
+        `ImportError`: if the packages of the extra `hf_scan[onnx]` are not installed.
+        `ValueError`: if the network cannot be exported, or what was exported differs from PyTorch; if the folder holds
+            something else.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan import ScanConfig, ScanForImageClassification
+    >>> from hf_scan.runtime import ORTScanForImageClassification
+
+    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
+    >>> model.export_onnx("exported")
+    >>> engine = ORTScanForImageClassification.from_pretrained("exported")
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> torch.allclose(engine(images).logits, model(images).logits, atol=1e-4)
+    True
+    ```
+    """
+    _check_packages()
+    target = Path(folder)
+    _check_folder(target)
+    if model.config.truncated:
+        raise ValueError("A truncated network has one exit and nothing to route; export it with `torch.onnx.export`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    compiled, model.compiled = model.compiled, None
+    try:
+        with evaluating(model):
+            _write(model, scratch / "new", calibration_dataset, include_preprocessing, opset)
+        _put_in_place(scratch, target)
+    finally:
+        model.compiled = compiled
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, target: Path) -> None:
+    """Rename the new export to its place. Whatever interrupts it, an earlier export is there again."""
+    old = scratch / "old"
+    if target.exists():
+        target.rename(old)
+    try:
+        (scratch / "new").rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"The export needs onnx, onnxscript and onnxruntime ({error}). `pip install 'hf_scan[onnx]'`."
+        ) from error
+
+
+def _check_folder(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / ONNX_FOLDER).is_dir())):
+        raise ValueError(f"{target} exists and is not an earlier export. Name another folder, or remove it.")
+
+
+def _write(
+    model: "ScanForImageClassification", folder: Path, calibration: Any, include_preprocessing: bool, opset: int | None
+) -> None:
+    from . import graphs
+
+    size, channels = model.config.image_size, model.config.num_channels
+    assert size is not None  # the network filled it in
+    wrapped = _AllStages(model, model.config.preprocessing if include_preprocessing else None).eval()
+    if include_preprocessing:
+        image = {"dtype": "uint8", "shape": [size, size, channels]}
+        pixels = torch.randint(0, 256, (max(COMPARED), size, size, channels), dtype=torch.uint8)
+    else:
+        image = {"dtype": "float32", "shape": [channels, size, size]}
+        pixels = torch.randn(max(COMPARED), channels, size, size)
+    pixels = pixels.to(model.device)
+    states = _states_of(wrapped, pixels[:2])
+    whole = _exported(wrapped, pixels[:2], states, opset or graphs.OPSET)
+    manifest = Manifest(
+        network=model.fingerprint(),
+        precision="float32",
+        num_labels=model.config.num_labels,
+        image=image,
+        states=states,
+        counted={
+            name: {"stages": costs.stages, "heads": costs.heads}
+            for name, costs in (("macs", count_macs(model)), ("parameters", count_parameters(model)))
+        },
+    )
+    write_graphs(whole, manifest, rule_of(model.exit_config, model.num_exits), folder / ONNX_FOLDER)
+    _save_beside(model, folder)
+    _compare(model, wrapped, folder, pixels)
+    if calibration is not None:
+        from .quantize import quantize
+
+        quantized, own = quantize(whole, manifest, calibration)
+        write_graphs(quantized, own, manifest.adaptive or {}, folder / INT8_FOLDER / ONNX_FOLDER)
+        _save_beside(model, folder / INT8_FOLDER, int8=True)
+
+
+def _states_of(wrapped: _AllStages, pixels: torch.Tensor) -> list[list[dict[str, Any]]]:
+    """What each stage hands on, found by running it for two images."""
+    model = wrapped.model
+    states, state = [], StageState.from_images(wrapped.images(pixels))
+    with torch.no_grad():
+        for index, stage in enumerate(model.stages[:-1]):
+            state = stage.run(model.backbone, state)
+            own = [value for value, batched in zip(state.values, state.batched) if batched]
+            values = [value for value in tree_leaves(own) if isinstance(value, torch.Tensor)]
+            states.append(
+                [
+                    {
+                        "name": f"state{index}_{position}",
+                        "dtype": str(value.dtype).removeprefix("torch."),
+                        "rows_per_image": len(value) // len(pixels),
+                    }
+                    for position, value in enumerate(values)
+                ]
+            )
+    return states
+
+
+def _exported(
+    wrapped: _AllStages, pixels: torch.Tensor, states: list[list[dict[str, Any]]], opset: int
+) -> "onnx.ModelProto":
+    import onnx
+
+    names = []
+    for index, values in enumerate([*states, []]):
+        names += [f"logits_{index}", *(value["name"] for value in values)]
+    try:
+        program = torch.onnx.export(
+            wrapped,
+            (pixels,),
+            input_names=["pixel_values"],
+            output_names=names,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    except Exception as error:  # of the exporter, which has many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{wrapped.model.config.backbone!r} cannot be exported to ONNX: {reason} Choose another backbone, or "
+            "other `exit_points`."
+        ) from error
+    assert program is not None
+    return onnx.shape_inference.infer_shapes(program.model_proto, data_prop=True)
+
+
+def rule_of(exit_config: Any, num_exits: int) -> dict[str, Any]:
+    """The rule that `adaptive.onnx` holds: thresholds are its input, all else is its structure."""
+    settings = ExitSettings.of(exit_config) if not callable(exit_config.criterion) else ExitSettings()
+    if settings.thresholds is None:
+        settings = settings.replace(thresholds=[0.5] * num_exits)
+    rule = {name: getattr(settings, name) for name in RULE if name != "thresholds"}
+    return {**rule, "heads": [step.runs for step in plan_steps(settings, num_exits)]}
+
+
+def write_graphs(whole: "onnx.ModelProto", manifest: Manifest, rule: dict[str, Any], folder: Path) -> None:
+    """
+    Cut a whole network into the files of an export.
+
+    Args:
+        whole (`onnx.ModelProto`): With every exit's logits and every state as outputs.
+        manifest ([`Manifest`]): Says which states there are; gets the files and the rule.
+        rule (`dict`): Of `adaptive.onnx`.
+        folder (`Path`): Where to.
+    """
+    from . import graphs
+
+    folder.mkdir(parents=True)
+    models: dict[str, Any] = {}
+    inputs, rows = [graphs.IMAGE], None
+    last = manifest.num_exits - 1
+    for index in range(manifest.num_exits):
+        values = manifest.states[index] if index < last else []
+        handed_on = [value["name"] for value in values]
+        models[f"stage_{index}.onnx"] = graphs.cut(whole, inputs, [f"logits_{index}", *handed_on], rows)
+        if index < last:
+            models[f"stage_{index}_without_head.onnx"] = graphs.cut(whole, inputs, handed_on, rows)
+        inputs = handed_on
+        rows = next((value["name"] for value in values if value["rows_per_image"] == 1), None)
+    models["plain.onnx"] = graphs.cut(whole, [graphs.IMAGE], [f"logits_{last}"])
+    manifest.adaptive = rule
+    models["adaptive.onnx"] = nested(models, manifest)
+    graphs.save_sharing_weights(models, folder)
+    manifest.save(folder)
+
+
+def nested(models: dict[str, Any], manifest: Manifest) -> Any:
+    """Return `adaptive.onnx` for the manifest's rule, from the graphs of its stages."""
+    from . import graphs
+
+    assert manifest.adaptive is not None
+    names = [
+        f"stage_{index}.onnx" if runs else f"stage_{index}_without_head.onnx"
+        for index, runs in enumerate(manifest.adaptive["heads"])
+    ]
+    states = [[value["name"] for value in values] for values in manifest.states]
+    return graphs.nest([models[name] for name in names], states, manifest.adaptive)
+
+
+def _save_beside(model: "ScanForImageClassification", folder: Path, int8: bool = False) -> None:
+    """Configuration, exit configuration, image processor and card, without the weights of PyTorch."""
+    from ..model.exit_config import ExitConfig
+    from ..model.image_processing_scan import create_image_processor
+
+    model.config.save_pretrained(folder)
+    if model.config.num_channels == 3:
+        create_image_processor(model).save_pretrained(folder)
+    config = model.exit_config
+    if int8 or callable(config.criterion):
+        kept = {"fallback": config.fallback, "temperatures": config.temperatures, "trained_on": config.trained_on}
+        criterion = "confidence" if callable(config.criterion) else config.criterion
+        config = ExitConfig(criterion=criterion, **kept)  # type: ignore[arg-type]
+    if config != ExitConfig():
+        config.save_pretrained(folder)
+    if not int8:
+        from huggingface_hub import ModelCard, ModelCardData
+
+        tags = [*model.model_tags, "onnx"]
+        data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
+        ModelCard.from_template(data).save(folder / "README.md")
+
+
+def _compare(model: "ScanForImageClassification", wrapped: _AllStages, folder: Path, pixels: torch.Tensor) -> None:
+    """Run every session beside PyTorch, and raise a `ValueError` where one differs."""
+    from .engine import ORTScanForImageClassification
+
+    try:
+        engine = ORTScanForImageClassification.from_pretrained(folder, provider="CPUExecutionProvider")
+        for size in COMPARED:
+            with torch.no_grad():
+                logits = model(wrapped.images(pixels[:size])).exit_logits
+            images = pixels[:size].cpu().numpy()
+            _check_equal(f"the stages, {size} images", engine.forward(images).exit_logits, logits)
+            _check_equal(f"plain.onnx, {size} images", [engine.plain(images)], [logits[-1]])
+            engine.check_states_without_heads(images)
+            if size == 1:
+                _compare_single(model, engine, images, logits)
+    except ValueError:
+        raise
+    except Exception as error:  # of ONNX Runtime, which has many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{model.config.backbone!r} cannot be exported to ONNX: ONNX Runtime does not run it ({reason}). Choose "
+            "another backbone, or other `exit_points`."
+        ) from error
+
+
+def _compare_single(model: Any, engine: Any, images: np.ndarray, logits: tuple[torch.Tensor, ...]) -> None:
+    rule = engine.manifest.adaptive
+    kept = {name: rule[name] for name in RULE if name != "thresholds"}
+    for leave_at in range(model.num_exits + 1):
+        thresholds = [
+            None if not runs else (0.0 if index == leave_at else 1 - 1e-7) for index, runs in enumerate(rule["heads"])
+        ]
+        config = model.exit_config.__class__(thresholds=thresholds, **kept)
+        expected = apply_exit_rule([one.cpu() for one in logits], config)
+        found = engine.predict_adaptive(images, exit_config=config)
+        _check_equal(f"adaptive.onnx, left at {leave_at}", [found.logits], [expected.logits])
+        if found.exit_index.tolist() != expected.exit_index.tolist():
+            raise ValueError(f"adaptive.onnx leaves at {found.exit_index}, and PyTorch at {expected.exit_index}.")
+
+
+def _check_equal(what: str, found: Any, expected: Any) -> None:
+    for index, (one, other) in enumerate(zip(found, expected)):
+        other = other.cpu().numpy()
+        difference = np.abs(one - other).max() / max(1.0, np.abs(other).max())
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"What was exported differs from PyTorch by {difference:.1e} of the largest logit ({what}, exit "
+                f"{index}); expected at most {TOLERANCE:g}. Nothing was written."
+            )
+
+
+__all__ = ["INT8_FOLDER", "export_onnx", "nested", "rule_of", "write_graphs"]

@@ -1,0 +1,315 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Graphs of ONNX: one network cut into stages, stages nested into one file, weights shared by all of them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx.compose import add_prefix
+from onnx.utils import Extractor
+
+from .manifest import WEIGHTS_NAME
+
+
+IMAGE = "pixel_values"
+OPSET = 20
+# Smaller ones are shapes and scales, which ONNX Runtime wants to see in the graph.
+LEAST_SHARED_BYTES = 1024
+
+
+def cut(whole: onnx.ModelProto, inputs: list[str], outputs: list[str], rows: str | None = None) -> onnx.ModelProto:
+    """
+    Cut a part out of a network.
+
+    Args:
+        whole (`onnx.ModelProto`): The network, its values with shapes.
+        inputs, outputs (`list[str]`): Where the part begins and ends.
+        rows (`str`, *optional*): An input with one row for each image, from which the part reads the batch size where
+            the network reads it from the images.
+
+    Raises:
+        `ValueError`: if the part needs the images themselves.
+    """
+    part = Extractor(whole).extract_model(inputs, outputs)
+    for node in part.graph.node:  # where in Python it comes from
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for value in (*part.graph.value_info, *part.graph.input, *part.graph.output):
+        del value.metadata_props[:]
+    if IMAGE not in inputs:
+        for node in part.graph.node:
+            if IMAGE not in node.input:
+                continue
+            if node.op_type != "Shape" or rows is None:
+                raise ValueError(
+                    f"The network cannot be cut into stages for ONNX: {node.op_type} reads the images after an exit."
+                )
+            node.input[list(node.input).index(IMAGE)] = rows
+    return part
+
+
+def nest(stages: Sequence[onnx.ModelProto], states: list[list[str]], rule: dict[str, Any]) -> onnx.ModelProto:
+    """
+    Put stages into one graph for one image, whose later stages stand in branches of `If` that are not run for images
+    that leave earlier. Its inputs are `pixel_values` and `thresholds`, `(num_exits,)` in float32, above 1 where no
+    image leaves; its outputs `logits`, `exit_index` and `confidence`.
+
+    Args:
+        stages (`Sequence[onnx.ModelProto]`): One per exit; those whose head does not run give no logits.
+        states (`list[list[str]]`): What each stage but the last hands on.
+        rule (`dict[str, Any]`): `criterion`, `temperatures`, `fallback` and `heads`.
+    """
+    builder = _Nest(stages, states, rule)
+    graph = builder.graph()
+    graph.input.extend([builder.parts[0].input[0], helper.make_tensor_value_info("thresholds", 1, [len(stages)])])
+    opsets = [entry for entry in stages[0].opset_import if entry.domain != ""]
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", stages[0].opset_import[0].version), *opsets],
+        ir_version=stages[0].ir_version,
+    )
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    return model
+
+
+class _Nest:
+    def __init__(self, stages: Sequence[onnx.ModelProto], states: list[list[str]], rule: dict[str, Any]) -> None:
+        self.rule, self.states = rule, states
+        self.heads: list[bool] = rule["heads"]
+        self.parts = [self._renamed(index, stage) for index, stage in enumerate(stages)]
+        last = len(stages) - 1
+        self.num_labels = self.parts[last].output[0].type.tensor_type.shape.dim[1].dim_value
+        self.count = 0
+
+    def _renamed(self, index: int, stage: onnx.ModelProto) -> onnx.GraphProto:
+        """The stage's graph with names of its own, but for what it receives."""
+        prefix = f"{index}/"
+        graph = add_prefix(stage, prefix).graph
+        received = [IMAGE] if index == 0 else self.states[index - 1]
+        outer = {prefix + name: name if index == 0 else f"{index - 1}/{name}" for name in received}
+        for values in (node.input for node in graph.node):
+            for position, name in enumerate(values):
+                values[position] = outer.get(name, name)
+        for value in graph.input:
+            value.name = outer[value.name]
+        return graph
+
+    def graph(
+        self, index: int = 0, seen: tuple[str, ...] = (), exits: tuple[int, ...] = (), tag: str = ""
+    ) -> onnx.GraphProto:
+        """The network from a stage on; of the logits that earlier heads gave, the names."""
+        part = self.parts[index]
+        nodes = list(part.node)
+        initializers = list(part.initializer)
+        if self.heads[index]:
+            seen, exits = (*seen, f"{index}/logits_{index}"), (*exits, index)
+        prefix = f"e{index}/"
+        last = index == len(self.parts) - 1
+        if not self.heads[index]:
+            inner = self.graph(index + 1, seen, exits, tag)
+            whole = onnx.GraphProto()
+            whole.CopyFrom(inner)
+            del whole.node[:]
+            whole.node.extend([*nodes, *inner.node])
+            whole.initializer.extend(initializers)
+            return whole
+        steps: list[onnx.NodeProto] = []
+        score = self._score(steps, prefix + "score/", seen, exits)
+        steps.append(self._constant(prefix + "index", np.array([index], dtype=np.int64)))
+        steps.append(helper.make_node("Gather", ["thresholds", prefix + "index"], [prefix + "threshold"]))
+        steps.append(helper.make_node("Greater", [score, prefix + "threshold"], [prefix + "leaves"]))
+        steps.append(
+            helper.make_node(
+                "If",
+                [prefix + "leaves"],
+                ["logits", "exit_index", "confidence"],
+                then_branch=self._leave(index, prefix, score),
+                else_branch=self._fallback(prefix, seen, exits)
+                if last
+                else self.graph(index + 1, seen, exits, f"@{index + 1}"),
+            )
+        )
+        return self._graph(tag, [*nodes, *steps], initializers)
+
+    def _graph(
+        self, tag: str, nodes: list[onnx.NodeProto], initializers: list[TensorProto] | None = None
+    ) -> onnx.GraphProto:
+        """A graph or branch. Its outputs carry a tag: within a graph and those around it, each name stands once."""
+        names = ["logits", "exit_index", "confidence"]
+        for node in nodes:
+            for values in (node.input, node.output):
+                for position, name in enumerate(values):
+                    if name in names:
+                        values[position] = name + tag
+        outputs = [
+            helper.make_tensor_value_info("logits" + tag, TensorProto.FLOAT, [1, self.num_labels]),
+            helper.make_tensor_value_info("exit_index" + tag, TensorProto.INT64, [1]),
+            helper.make_tensor_value_info("confidence" + tag, TensorProto.FLOAT, [1]),
+        ]
+        return helper.make_graph(nodes, f"exits{tag}", [], outputs, initializer=initializers or [])
+
+    def _leave(self, index: int, prefix: str, score: str) -> onnx.GraphProto:
+        steps: list[onnx.NodeProto] = [
+            helper.make_node("Identity", [f"{index}/logits_{index}"], ["logits"]),
+            self._constant("exit_index", np.array([index], dtype=np.int64)),
+        ]
+        if self.rule["criterion"] == "confidence":
+            steps.append(helper.make_node("Identity", [score], ["confidence"]))
+        else:
+            scaled = self._scaled(steps, prefix + "out/", f"{index}/logits_{index}", index)
+            self._confidence(steps, prefix + "out/", scaled, "confidence")
+        return self._graph(f"@leave_{index}", steps)
+
+    def _fallback(self, prefix: str, seen: tuple[str, ...], exits: tuple[int, ...]) -> onnx.GraphProto:
+        steps: list[onnx.NodeProto] = []
+        prefix += "fallback/"
+        fallback = self.rule["fallback"]
+        if fallback == "ensemble":
+            steps.append(helper.make_node("Mean", list(seen), ["logits"]))
+            steps.append(self._constant("exit_index", np.array([len(self.parts)], dtype=np.int64)))
+            self._confidence(steps, prefix, "logits", "confidence")
+        elif fallback == "deepest":
+            steps.append(helper.make_node("Identity", [seen[-1]], ["logits"]))
+            steps.append(self._constant("exit_index", np.array([exits[-1]], dtype=np.int64)))
+            self._confidence(steps, prefix, self._scaled(steps, prefix, seen[-1], exits[-1]), "confidence")
+        else:
+            each = []
+            for name, exit_index in zip(seen, exits):
+                own = f"{prefix}{exit_index}/"
+                self._confidence(steps, own, self._scaled(steps, own, name, exit_index), own + "confidence")
+                each.append(own + "confidence")
+            steps.append(helper.make_node("Concat", each, [prefix + "all"], axis=0))
+            steps.append(helper.make_node("ArgMax", [prefix + "all"], [prefix + "best"], axis=0, keepdims=1))
+            steps.append(helper.make_node("Concat", list(seen), [prefix + "logits"], axis=0))
+            steps.append(self._constant(prefix + "exits", np.array(exits, dtype=np.int64)))
+            for source, target in (("logits", "logits"), ("exits", "exit_index"), ("all", "confidence")):
+                steps.append(helper.make_node("Gather", [prefix + source, prefix + "best"], [target], axis=0))
+        return self._graph("@fallback", steps)
+
+    def _score(self, steps: list[onnx.NodeProto], prefix: str, seen: tuple[str, ...], exits: tuple[int, ...]) -> str:
+        criterion, result = self.rule["criterion"], prefix + "score"
+        if criterion in ("confidence", "margin", "entropy"):
+            seen, exits = seen[-1:], exits[-1:]
+        scaled = [self._scaled(steps, f"{prefix}{e}/", name, e) for name, e in zip(seen, exits)]
+        if criterion == "confidence":
+            self._confidence(steps, prefix, scaled[-1], result)
+        elif criterion == "ensemble_confidence":
+            steps.append(helper.make_node("Mean", scaled, [prefix + "mean"]))
+            self._confidence(steps, prefix, prefix + "mean", result)
+        elif criterion == "margin":
+            steps.append(helper.make_node("Softmax", [scaled[-1]], [prefix + "p"], axis=-1))
+            steps.append(self._constant(prefix + "two", np.array([2], dtype=np.int64)))
+            steps.append(helper.make_node("TopK", [prefix + "p", prefix + "two"], [prefix + "top", prefix + "at"]))
+            first = helper.make_node("Split", [prefix + "top"], [prefix + "a", prefix + "b"], axis=1, num_outputs=2)
+            steps.append(first)
+            steps.append(helper.make_node("Sub", [prefix + "a", prefix + "b"], [prefix + "margin"]))
+            self._flat(steps, prefix, prefix + "margin", result)
+        elif criterion == "entropy":
+            steps.append(helper.make_node("LogSoftmax", [scaled[-1]], [prefix + "log"], axis=-1))
+            steps.append(helper.make_node("Exp", [prefix + "log"], [prefix + "p"]))
+            steps.append(helper.make_node("Mul", [prefix + "p", prefix + "log"], [prefix + "product"]))
+            steps.append(self._constant(prefix + "axis", np.array([-1], dtype=np.int64)))
+            names = [prefix + "product", prefix + "axis"]
+            steps.append(helper.make_node("ReduceSum", names, [prefix + "sum"], keepdims=0))
+            steps.append(self._constant(prefix + "most", np.log(np.float32(self.num_labels))))
+            steps.append(helper.make_node("Div", [prefix + "sum", prefix + "most"], [prefix + "share"]))
+            steps.append(self._constant(prefix + "one", np.float32(1)))
+            steps.append(self._constant(prefix + "zero", np.float32(0)))
+            steps.append(helper.make_node("Add", [prefix + "one", prefix + "share"], [prefix + "certainty"]))
+            steps.append(helper.make_node("Clip", [prefix + "certainty", prefix + "zero", prefix + "one"], [result]))
+        else:
+            self._patience(steps, prefix, scaled, result)
+        return result
+
+    def _patience(self, steps: list[onnx.NodeProto], prefix: str, scaled: list[str], result: str) -> None:
+        """n / (n + 1) for the last n exits that agree; NaN where the last one's logits are not finite."""
+        for number, name in enumerate(reversed(scaled)):
+            steps.append(helper.make_node("ArgMax", [name], [f"{prefix}class{number}"], axis=-1, keepdims=0))
+            pair = [f"{prefix}class{number}", f"{prefix}class0"]
+            steps.append(helper.make_node("Equal", pair, [f"{prefix}same{number}"]))
+            steps.append(helper.make_node("Cast", [f"{prefix}same{number}"], [f"{prefix}one{number}"], to=1))
+            if number:
+                pair = [f"{prefix}run{number - 1}", f"{prefix}one{number}"]
+                steps.append(helper.make_node("Mul", pair, [f"{prefix}run{number}"]))
+            else:
+                steps.append(helper.make_node("Identity", [f"{prefix}one0"], [f"{prefix}run0"]))
+        runs = [f"{prefix}run{number}" for number in range(len(scaled))]
+        steps.append(helper.make_node("Sum", runs, [prefix + "n"]))
+        steps.append(self._constant(prefix + "unit", np.float32(1)))
+        steps.append(helper.make_node("Add", [prefix + "n", prefix + "unit"], [prefix + "next"]))
+        steps.append(helper.make_node("Div", [prefix + "n", prefix + "next"], [prefix + "ratio"]))
+        steps.append(helper.make_node("Sub", [scaled[-1], scaled[-1]], [prefix + "zeros"]))  # NaN where not finite
+        steps.append(self._constant(prefix + "axis", np.array([-1], dtype=np.int64)))
+        steps.append(
+            helper.make_node("ReduceSum", [prefix + "zeros", prefix + "axis"], [prefix + "nothing"], keepdims=0)
+        )
+        steps.append(helper.make_node("Add", [prefix + "ratio", prefix + "nothing"], [result]))
+
+    def _scaled(self, steps: list[onnx.NodeProto], prefix: str, logits: str, exit_index: int) -> str:
+        if self.rule["temperatures"] is None:
+            return logits
+        temperature = np.float32(self.rule["temperatures"][exit_index])
+        steps.append(self._constant(prefix + "temperature", temperature))
+        steps.append(helper.make_node("Div", [logits, prefix + "temperature"], [prefix + "scaled"]))
+        return prefix + "scaled"
+
+    def _confidence(self, steps: list[onnx.NodeProto], prefix: str, logits: str, result: str) -> None:
+        steps.append(helper.make_node("Softmax", [logits], [prefix + "probabilities"], axis=-1))
+        steps.append(self._constant(prefix + "last", np.array([-1], dtype=np.int64)))
+        names = [prefix + "probabilities", prefix + "last"]
+        steps.append(helper.make_node("ReduceMax", names, [result], keepdims=0))
+
+    def _flat(self, steps: list[onnx.NodeProto], prefix: str, value: str, result: str) -> None:
+        steps.append(self._constant(prefix + "flat", np.array([1], dtype=np.int64)))
+        steps.append(helper.make_node("Reshape", [value, prefix + "flat"], [result]))
+
+    @staticmethod
+    def _constant(name: str, value: Any) -> onnx.NodeProto:
+        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value)))
+
+
+def tensors_of(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Yield the weights of a graph and of the branches in it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from tensors_of(attribute.g)
+
+
+def save_sharing_weights(models: dict[str, onnx.ModelProto], folder: Path) -> None:
+    """
+    Write graphs whose weights lie once in `weights.bin` beside them, of any size in all.
+
+    Args:
+        models (`dict[str, onnx.ModelProto]`): By file name. Changed in place: their weights go.
+        folder (`Path`): Where to.
+    """
+    places: dict[str, int] = {}
+    with (folder / WEIGHTS_NAME).open("wb") as file:
+        for model in models.values():
+            for tensor in tensors_of(model.graph):
+                data = numpy_helper.to_array(tensor).tobytes()
+                if len(data) < LEAST_SHARED_BYTES:
+                    continue
+                digest = hashlib.sha256(data).hexdigest()
+                if digest not in places:
+                    file.write(b"\0" * (-file.tell() % 64))
+                    places[digest] = file.tell()
+                    file.write(data)
+                for name in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+                    tensor.ClearField(name)
+                tensor.data_location = TensorProto.EXTERNAL
+                del tensor.external_data[:]
+                for key, value in (("location", WEIGHTS_NAME), ("offset", places[digest]), ("length", len(data))):
+                    entry = tensor.external_data.add()
+                    entry.key, entry.value = key, str(value)
+    for name, model in models.items():
+        onnx.save(model, folder / name)
+
+
+__all__ = ["IMAGE", "OPSET", "cut", "nest", "save_sharing_weights", "tensors_of"]

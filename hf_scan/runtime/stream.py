@@ -1,0 +1,148 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""A stream through exported stages: samples that stay wait until they fill a batch again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .numpy_rule import AdaptiveAnswer, ExitSettings, Step
+
+
+@dataclass
+class Group:
+    """
+    Samples on their way through the network together.
+
+    Args:
+        rows (`np.ndarray` of shape `(n,)`): Which samples they are.
+        state (`list[np.ndarray]`): What the last stage returned for them.
+        seen (`list[np.ndarray]`): Logits of the heads that ran, as far as they are still needed.
+        exits (`list[int]`): Of which exits these are.
+    """
+
+    rows: np.ndarray
+    state: list[Any]
+    seen: list[np.ndarray] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+
+
+def run_stream(
+    engine: Any,
+    settings: ExitSettings,
+    plan: list[Step],
+    source: Iterable[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    arrived: list[int] | None,
+) -> Iterator[AdaptiveAnswer]:
+    """
+    Yield answers as they are ready. An error of the source is raised when all that came before it is answered.
+
+    Args:
+        engine ([`ORTScanForImageClassification`]): Runs stages for groups and selects samples of them.
+        settings, plan: The rule.
+        source (`Iterable`): Positions and images of each batch.
+        batch_size (`int`): Samples with which a stage is run.
+        arrived (`list[int]`, *optional*): Gets the positions in their order.
+    """
+    queues: list[list[Group]] = [[] for _ in plan]
+
+    def waiting(index: int) -> int:
+        return sum(len(group.rows) for group in queues[index])
+
+    def run_one(index: int) -> Iterator[AdaptiveAnswer]:
+        gone, stay = engine.advance(settings, plan, index, _taken(engine, index, queues[index], batch_size))
+        if stay is not None:
+            queues[index + 1].append(stay)
+        yield from gone
+
+    def run_full() -> Iterator[AdaptiveAnswer]:
+        # From the deepest on, so that room is made before anything is put there.
+        while full := [index for index in range(len(plan)) if waiting(index) >= batch_size]:
+            yield from run_one(full[-1])
+
+    error: Exception | None = None
+    batches = iter(source)
+    while True:
+        try:
+            rows, images = next(batches)
+        except StopIteration:
+            break
+        except Exception as raised:  # whatever the stream's own code says
+            error = raised
+            break
+        if arrived is not None:
+            arrived.extend(rows.tolist())
+        queues[0].append(Group(rows, [images]))
+        yield from run_full()
+    for index in range(len(plan)):
+        while waiting(index):
+            yield from run_one(index)
+            yield from run_full()
+    if error is not None:
+        raise error
+
+
+def _taken(engine: Any, index: int, queue: list[Group], batch_size: int) -> Group:
+    """At most a batch from a queue, as one group."""
+    taken, count = [], 0
+    while queue and count < batch_size:
+        group = queue.pop(0)
+        room = batch_size - count
+        if len(group.rows) > room:
+            queue.insert(0, engine.select(index - 1, group, slice(room, None)))
+            group = engine.select(index - 1, group, slice(room))
+        taken.append(group)
+        count += len(group.rows)
+    if len(taken) == 1:
+        return taken[0]
+    return Group(
+        np.concatenate([group.rows for group in taken]),
+        [np.concatenate(values) for values in zip(*(group.state for group in taken))],
+        [np.concatenate(logits) for logits in zip(*(group.seen for group in taken))],
+        taken[0].exits,
+    )
+
+
+def numbered(
+    batches: Any, images_of: Callable[[Any], np.ndarray], batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images with their positions, from one array, batches of any size, or a dataset with `pixel_values`."""
+    if hasattr(batches, "shape"):
+        batches = [batches]
+    if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
+        batches = _batched(batches, batch_size)
+    start = 0
+    for batch in batches:
+        pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        if len(pixels) == 0:
+            continue
+        images = images_of(pixels)
+        yield np.arange(start, start + len(images)), images
+        start += len(images)
+
+
+def _batched(dataset: Any, batch_size: int) -> Iterator[Any]:
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i]["pixel_values"] for i in range(start, min(start + batch_size, len(dataset)))]
+        yield np.stack([np.asarray(row) for row in rows])
+
+
+def in_order(answers: Iterable[AdaptiveAnswer], arrived: list[int]) -> Iterator[AdaptiveAnswer]:
+    """Yield answers held back until those of earlier images are there."""
+    waiting: dict[int, tuple[AdaptiveAnswer, int]] = {}
+    position = 0
+    for answer in answers:
+        assert answer.ids is not None
+        waiting.update((row, (answer, place)) for place, row in enumerate(answer.ids.tolist()))
+        ready = []
+        while position < len(arrived) and arrived[position] in waiting:
+            ready.append(waiting.pop(arrived[position]))
+            position += 1
+        if ready:
+            names = ready[0][0].keys()
+            yield AdaptiveAnswer(**{name: np.stack([held[name][i] for held, i in ready]) for name in names})
+
+
+__all__ = ["Group", "in_order", "numbered", "run_stream"]

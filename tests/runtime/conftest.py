@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_scan.runtime import ORTScanForImageClassification
+
+from ..conftest import random_scan_model
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """An exported network, in float32 and in 8 bits. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runtime") / "exported"
+    calibration = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    random_scan_model().export_onnx(folder, calibration_dataset=calibration)
+    return folder
+
+
+@pytest.fixture
+def engine(exported) -> ORTScanForImageClassification:
+    return ORTScanForImageClassification.from_pretrained(exported)
+
+
+@pytest.fixture
+def int8(exported) -> ORTScanForImageClassification:
+    return ORTScanForImageClassification.from_pretrained(exported, subfolder="int8")
