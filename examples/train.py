@@ -26,6 +26,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict, load_dataset
+from timm.layers import BatchNormAct2d
 from transformers import HfArgumentParser, TimmWrapperForImageClassification, Trainer, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import SchedulerType
@@ -80,7 +81,14 @@ class DataArguments:
     crop: str = field(
         default="pad", metadata={"help": "Augmentation: 'pad' for small images, 'resized' for large ones, or 'none'."}
     )
-    flip: bool = field(default=True, metadata={"help": "Mirror half of the train images."})
+    flip: str = field(
+        default="true",
+        metadata={"help": "Mirror half of the train images: 'true', 'false', or 'alternating' with `--in_memory`."},
+    )
+    pixels: list[int] | None = field(
+        default=None,
+        metadata={"help": "With `--in_memory`: train images' sizes, each for an equal part of the epochs."},
+    )
     auto_augment: str = field(
         default="none", metadata={"help": "Policy of torchvision's AutoAugment: 'cifar10', 'imagenet' or 'none'."}
     )
@@ -112,9 +120,15 @@ class ModelArguments:
     exit_points: list[str] | None = field(
         default=None, metadata={"help": "Modules to exit after: names, or indices of taps."}
     )
-    attention_type: str = field(default="separable", metadata={"help": "'separable', 'conv' or 'none'."})
-    classifier_type: str = field(default="separable", metadata={"help": "'separable' or 'conv'."})
-    head_width: int = field(default=64, metadata={"help": "Channels at which separable heads work."})
+    attention_type: str = field(default="separable", metadata={"help": "'separable', 'nearest', 'conv' or 'none'."})
+    classifier_type: str = field(default="separable", metadata={"help": "'separable', 'chain' or 'conv'."})
+    batch_norm_momentum: float | None = field(
+        default=None,
+        metadata={"help": "Share of a batch in batch norm's running means. Defaults to the network's."},
+    )
+    head_width: int | None = field(
+        default=None, metadata={"help": "Channels at which heads work that are not 'conv'. Defaults to a rule."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Pixels. Defaults to the backbone's."})
     backbone_weights: str | None = field(
         default=None,
@@ -187,18 +201,21 @@ def prepare_images(
     held_out = {name: splits[name].with_transform(eval_transform(processor)) for name in splits if name != "train"}
     settings: dict[str, Any] = {
         "crop": data.crop,
-        "flip": data.flip,
+        "flip": data.flip if data.flip == "alternating" else flips(data),
         "auto_augment": data.auto_augment,
         "erase": data.erase,
     }
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
+    if not data.in_memory and (data.pixels or data.flip == "alternating"):
+        raise ValueError("`--pixels` and `--flip alternating` are for images in memory; set `--in_memory true`.")
     if not data.in_memory:
         train = splits["train"].with_transform(train_transform(processor, **settings))
         return {**held_out, "train": SeededImages(train, args.seed)}
     if args.dataloader_num_workers == 0 and args.device.type != "cpu":
         settings["device"] = args.device
         args.dataloader_pin_memory = False
+    settings |= {"pixels": data.pixels, "num_epochs": max(1, round(args.num_train_epochs))}
     in_memory = {name: DecodedRows(rows, name) for name, rows in held_out.items()}
     return {**in_memory, "train": SeededImages(ImagesInMemory(splits["train"], processor, **settings), args.seed)}
 
@@ -225,9 +242,18 @@ def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClass
     return ScanForImageClassification.from_timm(plain.timm_model, num_labels=len(names), **settings)
 
 
+def flips(data: DataArguments) -> bool:
+    """Whether train images are mirrored."""
+    if data.flip.lower() not in ("true", "false", "alternating"):
+        raise ValueError(f"`--flip` is {data.flip!r}; expected 'true', 'false' or 'alternating'.")
+    return data.flip.lower() != "false"
+
+
 def augments(data: DataArguments) -> bool:
     """Whether a train image is another one in each epoch."""
-    return data.crop != "none" or data.flip or data.auto_augment != "none" or data.erase > 0
+    return (
+        data.crop != "none" or flips(data) or data.pixels is not None or data.auto_augment != "none" or data.erase > 0
+    )
 
 
 def main() -> None:
@@ -276,6 +302,10 @@ def main() -> None:
         trainer: Trainer = Trainer(plain, compute_metrics=plain_accuracy, callbacks=callbacks, **settings)
     else:
         trainer = ScanTrainer(model.to(memory_format=torch.channels_last), **settings)
+    if network.batch_norm_momentum is not None:
+        for module in trainer.model.modules():
+            if isinstance(module, (torch.nn.BatchNorm2d, BatchNormAct2d)):
+                module.momentum = network.batch_norm_momentum
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and checkpoint.lower() in ("true", "last"):
         checkpoint = last_whole_checkpoint(args.output_dir)

@@ -65,12 +65,18 @@ class ScanConfig(PreTrainedConfig):
             every tap but the last, without those whose map is more than 8 times finer than the last one's; on a
             network whose maps are all of one size, to a quarter, half and three quarters of the depth.
         attention_type (`str`, *optional*, defaults to `"separable"`):
-            Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap) or `"none"`.
+            Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap: a mask at half the
+            resolution, enlarged bilinearly), `"nearest"` (the same, enlarged by repeating values, which ONNX Runtime
+            does in the layout of its convolutions) or `"none"`.
         classifier_type (`str`, *optional*, defaults to `"separable"`):
-            Shallow classifier of each early exit: `"conv"` (the paper's) or `"separable"` (cheap: attention and
-            classifier see the feature at `head_width` and at most twice the deepest map's height and width).
-        head_width (`int`, *optional*, defaults to 64):
-            Channels at which heads with `"separable"` classifiers work.
+            Shallow classifier of each early exit: `"conv"` (the paper's), `"chain"` (attention and classifier see the
+            feature at `head_width` and at most four times the deepest map's height and width; two or more separable
+            convolutions double the channels on the way down to it) or `"separable"` (cheaper: at most twice, and at
+            least one).
+        head_width (`int` or `list[int]`, *optional*):
+            Channels at which heads with `"chain"` and `"separable"` classifiers work: one number for all early exits,
+            or one each. Defaults to 64; with `"chain"`, to what a tenth of the backbone's MACs pays for
+            ([`~hf_scan.model.exit_heads.head_widths`]). The network fills in what it chose.
         truncated (`bool`, *optional*, defaults to `False`):
             Whether the network ends at its one exit point, without what is behind it: a small static network, as
             [`~ScanForImageClassification.truncate`] makes it.
@@ -106,9 +112,9 @@ class ScanConfig(PreTrainedConfig):
     backbone: str = "cifar_resnet18"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     exit_points: list[int | str] | None = None
-    attention_type: Literal["separable", "conv", "none"] = "separable"
-    classifier_type: Literal["separable", "conv"] = "separable"
-    head_width: int = 64
+    attention_type: Literal["separable", "nearest", "conv", "none"] = "separable"
+    classifier_type: Literal["separable", "chain", "conv"] = "separable"
+    head_width: int | list[int] | None = None
     truncated: bool = False
     num_channels: int = 3
     image_size: int | None = None
@@ -174,10 +180,11 @@ class ScanConfig(PreTrainedConfig):
         for name, largest in LARGEST.items():
             value = values.get(name)
             least = 0 if name == "num_labels" else 1  # of labels, the network asks for two itself
-            if isinstance(value, int) and not least <= value <= largest:
-                raise ValueError(
-                    f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
-                )
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and not least <= number <= largest:
+                    raise ValueError(
+                        f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
+                    )
         attention = values.get("_attn_implementation") or values.get("attn_implementation")
         if isinstance(attention, str) and "/" in attention:
             raise ValueError(

@@ -2,6 +2,9 @@
 """What stands at an exit point: an attention module and a shallow classifier, in the paper's form or a cheap one."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,6 +87,22 @@ class SeparableAttention(nn.Module):
         return nn.functional.interpolate(mask.sigmoid(), size=feature.shape[-2:], mode="bilinear")
 
 
+class NearestAttention(SeparableAttention):
+    """
+    [`SeparableAttention`] enlarged by repeating values. ONNX Runtime does that in the layout of its convolutions,
+    which a bilinear enlargement makes it leave and come back to.
+
+    Args:
+        channels (`int`): As for [`ConvAttention`].
+    """
+
+    @staticmethod
+    def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        """Return the mask at the feature's height and width, which are twice its own or one less."""
+        height, width = feature.shape[-2:]
+        return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)[..., :height, :width]
+
+
 class ConvClassifier(nn.Module):
     """
     The paper's shallow classifier: one large strided convolution at 128 channels, widened to the deepest feature.
@@ -124,11 +143,15 @@ class SeparableClassifier(nn.Module):
 
     Args:
         channels, stride, feature_size, num_labels: as for [`ConvClassifier`].
+        depth (`int`, *optional*, defaults to 1): Separable convolutions at least. Those that the way down to the
+            deepest map does not need come first and keep map and channels.
     """
 
-    def __init__(self, channels: int, stride: int, feature_size: int, num_labels: int) -> None:
+    def __init__(self, channels: int, stride: int, feature_size: int, num_labels: int, depth: int = 1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
+        for _ in range(depth - max(1, round(math.log2(stride)))):
+            layers += [*separable_conv_norm(channels, channels, stride=1), nn.ReLU(inplace=True)]
         for _ in range(max(1, round(math.log2(stride)))):
             wider = max(channels, min(2 * channels, feature_size))
             layers += [*separable_conv_norm(channels, wider, stride=2 if stride > 1 else 1), nn.ReLU(inplace=True)]
@@ -148,16 +171,86 @@ class SeparableClassifier(nn.Module):
 ATTENTION_TYPES: dict[str, type[ConvAttention] | type[SeparableAttention]] = {
     "conv": ConvAttention,
     "separable": SeparableAttention,
+    "nearest": NearestAttention,
 }
-CLASSIFIER_TYPES: dict[str, type[ConvClassifier] | type[SeparableClassifier]] = {
+CLASSIFIER_TYPES: dict[str, Callable[..., ConvClassifier | SeparableClassifier]] = {
     "conv": ConvClassifier,
     "separable": SeparableClassifier,
+    "chain": partial(SeparableClassifier, depth=2),
 }
+NARROWEST_HEAD = 64
 
 
 # On a deepest feature of thousands of channels, the last layer of a cheap exit would cost more than all before it: in
 # parameters, and at batch size 1 in time.
 MAX_SEPARABLE_FEATURE_SIZE = 512
+
+
+# Of the backbone's MACs, for all early exits together.
+HEAD_BUDGET = 0.1
+HEAD_WIDTHS = (16, 32, 64, 128, 256)
+
+
+def head_widths(
+    config: Any, channels: Sequence[int], strides: Sequence[int], feature_size: int, backbone_macs: float
+) -> list[int]:
+    """
+    Return the width of each early exit's head: `config.head_width` where it is given, and 64 for `"separable"` heads.
+    A `"chain"` is as wide as it can be for its part of a tenth of the backbone's MACs, which the exits share equally,
+    and at most half as wide as the deepest feature, or 64.
+
+    Args:
+        config ([`ScanConfig`]): Its `head_width` and `classifier_type` are read.
+        channels (`Sequence[int]`): Channels of each stage with an early exit.
+        strides (`Sequence[int]`): How many times finer its map is than the deepest one.
+        feature_size (`int`): Width of the deepest feature.
+        backbone_macs (`float`): MACs of the backbone for one pixel of the deepest map.
+
+    Raises:
+        `ValueError`: if `head_width` is a list of another length.
+    """
+    given = config.head_width
+    if given is None and config.classifier_type == "chain":
+        own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
+        budget = HEAD_BUDGET * backbone_macs / max(1, len(channels))
+        widest = max(NARROWEST_HEAD, own_size // 2)
+        found = []
+        for number, stride in zip(channels, strides):
+            fitting = [
+                width
+                for width in HEAD_WIDTHS
+                if width <= widest and _chain_macs(number, stride, width, own_size) <= budget
+            ]
+            found.append(max(fitting, default=HEAD_WIDTHS[0]))
+        return found
+    if not isinstance(given, list):
+        return [given or NARROWEST_HEAD] * len(channels)
+    if len(given) != len(channels):
+        raise ValueError(
+            f"`head_width` is {given}, {len(given)} numbers; the network has {len(channels)} early exits. Give one "
+            "number for all of them, or one each."
+        )
+    return given
+
+
+def _chain_macs(channels: int, stride: int, width: int, feature_size: int) -> float:
+    """MACs of a `"chain"` head with attention, for one pixel of the deepest map."""
+    finer = stride // _patch_size(stride, "chain")  # than the deepest map, behind the squeeze
+    pixels = finer**2
+    macs = channels * stride**2 + pixels * channels * width + 2 * pixels / 4 * width * (width + 9)
+    halvings = max(1, round(math.log2(finer)))
+    macs += max(0, 2 - halvings) * pixels * width * (width + 9)
+    for _ in range(halvings):
+        wider = max(width, min(2 * width, feature_size))
+        pixels = max(1, pixels // 4)
+        macs += pixels * width * (wider + 9)
+        width = wider
+    return macs
+
+
+def _patch_size(stride: int, classifier_type: str) -> int:
+    """Height and width of the squares that a head takes a fine map in by."""
+    return max(min(stride, 2), stride // (4 if classifier_type == "chain" else 2))
 
 
 class ExitHead(nn.Module):
@@ -180,20 +273,21 @@ class ExitHead(nn.Module):
         num_labels: int,
         attention_type: str = "separable",
         classifier_type: str = "separable",
-        head_width: int = 64,
+        head_width: int = NARROWEST_HEAD,
     ) -> None:
         super().__init__()
         own_size = feature_size
         self.squeeze = nn.Sequential()
-        if classifier_type == "separable":
-            # A head is dear where maps are fine or wide, so all of it works at one width and on a map at most twice as
-            # fine as the deepest one. The paper's classifier, too, takes a fine map in by one large stride.
-            patch = max(min(stride, 2), stride // 2)
+        if classifier_type != "conv":
+            # A head is dear where maps are fine or wide, so all of it works at one width and on a map at most twice
+            # (a chain: four times) as fine as the deepest one. The paper's classifier, too, takes a fine map in by one
+            # large stride.
+            own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
+            patch = _patch_size(stride, classifier_type)
             if patch > 1:
                 self.squeeze.append(nn.Conv2d(channels, channels, patch, patch, groups=channels, bias=False))
             self.squeeze.extend([*conv_norm(channels, head_width), nn.ReLU(inplace=True)])
             channels, stride = head_width, stride // patch
-            own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
         self.attention = None if attention_type == "none" else ATTENTION_TYPES[attention_type](channels)
         self.classifier = CLASSIFIER_TYPES[classifier_type](channels, stride, own_size, num_labels)
         self.hint_projection = nn.Identity() if own_size == feature_size else nn.Linear(own_size, feature_size)

@@ -20,7 +20,7 @@ from .backbone import create_backbone, timm_preprocessing
 from .compiled_stages import CompiledStages
 from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
-from .exit_heads import ExitHead
+from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
 from .stages import Stage, StageState, cut_into_stages, keep_parts
 from .timm_conversion import TimmConversionMixin
@@ -112,18 +112,23 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         config.preprocessing = timm_preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
         stages = cut_into_stages(self.backbone, config.exit_points)
         deepest = stages[-1]
+        feature_size = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        strides = [max(1, deepest.reduction // stage.reduction) for stage in stages[:-1]]
+        config.head_width = head_widths(
+            config, [stage.channels for stage in stages[:-1]], strides, feature_size, self._weights_used(stages)
+        )
         with init.no_init_weights():  # `post_init` does it
             self.exit_heads = nn.ModuleList(
                 ExitHead(
                     channels=stage.channels,
-                    stride=max(1, deepest.reduction // stage.reduction),
-                    feature_size=getattr(self.backbone, "head_hidden_size", self.backbone.num_features),
+                    stride=stride,
+                    feature_size=feature_size,
                     num_labels=config.num_labels,
                     attention_type=config.attention_type,
                     classifier_type=config.classifier_type,
-                    head_width=config.head_width,
+                    head_width=width,
                 )
-                for stage in stages[:-1]
+                for stage, stride, width in zip(stages[:-1], strides, config.head_width)
             )
         config.exit_points = [stage.name for stage in stages[:-1]]
         self.stages = self.truncate_in_place(stages) if config.truncated else stages
@@ -144,6 +149,16 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         with torch.device("meta"):
             whole = create_backbone(self.config)
         self.stages = self.truncate_in_place(cut_into_stages(whole, self.config.exit_points))
+
+    def _weights_used(self, stages: list[Stage]) -> float:
+        """How often a weight is used for one pixel of the deepest map, which is what convolutions multiply."""
+        names = dict(self.backbone.named_parameters())
+        total = 0.0
+        for stage in stages:
+            used = [name for name in names if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
+            weights = sum(names.pop(name).numel() for name in used)
+            total += weights * (stages[-1].reduction / stage.reduction) ** 2
+        return total
 
     def truncate_in_place(self, stages: list[Stage]) -> list[Stage]:
         """Remove what the first stage does not use from the backbone, and return that stage alone."""
@@ -191,6 +206,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             )
         small = copy.deepcopy(self)
         small.config.exit_points = [self.stages[exit].name]
+        small.config.head_width = [self.config.head_width[exit]]  # type: ignore[index]
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))

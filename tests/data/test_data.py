@@ -227,6 +227,34 @@ def test_images_in_memory_are_cropped_and_mirrored_each_on_its_own():
     assert len({tuple(row["pixel_values"].flatten().tolist()) for row in batch}) > 6
 
 
+def test_alternating_flips_mirror_each_image_every_second_epoch():
+    rows, processor = colours()
+    plain = ImagesInMemory(rows, processor, crop="none", flip=False).__getitems__(list(range(12)))
+    dataset = SeededImages(ImagesInMemory(rows, processor, crop="none", flip="alternating"), seed=0)
+    mirrored = []
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        for row, before in zip(dataset.__getitems__(list(range(12))), plain):
+            flipped = torch.equal(row["pixel_values"], before["pixel_values"].flip(-1))
+            assert flipped or torch.equal(row["pixel_values"], before["pixel_values"])
+            mirrored.append(flipped)
+    first, second, third, fourth = (mirrored[start : start + 12] for start in range(0, 48, 12))
+    assert 0 < sum(first) < 12
+    assert second == fourth == [not flipped for flipped in first]
+    assert third == first
+
+
+def test_images_grow_with_the_epochs():
+    """Each size for an equal part of the epochs, and the last one for those after."""
+    rows, processor = colours()
+    dataset = SeededImages(ImagesInMemory(rows, processor, pixels=[8, 12, 16], num_epochs=6), seed=0)
+    sizes = []
+    for epoch in range(7):
+        dataset.set_epoch(epoch)
+        sizes.append(dataset[0]["pixel_values"].shape[-1])
+    assert sizes == [8, 8, 12, 12, 16, 16, 16]
+
+
 def test_further_augmentation_is_the_same_in_memory_and_by_the_image():
     rows, processor = colours()
     settings = {"crop": "none", "flip": False, "auto_augment": "cifar10", "erase": 0.25}
@@ -245,6 +273,8 @@ def test_further_augmentation_is_the_same_in_memory_and_by_the_image():
         ({"crop": "resized"}, "`crop` is 'resized'; images in memory are cropped as 'pad' or 'none'"),
         ({"auto_augment": "svhn"}, r"`auto_augment` is 'svhn'; expected 'none' or one of \['cifar10', 'imagenet'\]"),
         ({"erase": 1.0}, "`erase` is 1.0; expected a share of the image's area"),
+        ({"flip": "always"}, "`flip` is 'always'; expected true, false or 'alternating'"),
+        ({"pixels": [8, 32]}, r"`pixels` is \[8, 32\]; expected numbers of 1 to the images' own 16"),
     ],
 )
 def test_augmentation_that_does_not_exist(settings, message):

@@ -107,7 +107,7 @@ def test_exit_features_lead_to_the_logits(model, images):
 
 def test_attention_masks(model, images):
     out = model(images, output_attentions=True)
-    assert [mask.shape[:2] for mask in out.attentions] == [(24, 64)] * 2
+    assert [mask.shape[:2] for mask in out.attentions] == [(24, width) for width in model.config.head_width]
     assert all(mask.min() > 0 and mask.max() < 1 for mask in out.attentions)
     # What the exit sees is its feature through the mask.
     (feature,) = model.run_stage(0, StageState.from_images(images)).values
