@@ -22,8 +22,8 @@ class Frontier:
     Args:
         accuracy (`np.ndarray` of shape `(m,)`): In [0, 1], on the scores that were searched.
         cost (`np.ndarray` of shape `(m,)`): Mean cost there.
-        thresholds (`np.ndarray` of shape `(m, columns)`): 1.0 lets nothing go, NaN stands for an exit that is switched
-            off, and the last column's is 0.0: whatever gets there is answered there.
+        thresholds (`np.ndarray` of shape `(m, columns)`): At 1.0 no sample exits, NaN stands for an exit that is
+            switched off, and the last column's is 0.0: whatever gets there is answered there.
     """
 
     accuracy: np.ndarray
@@ -54,14 +54,15 @@ def exact_frontier(
     """
     Finds the frontier over all thresholds, without a network.
 
-    With confidences in [0, 1], thresholds are those of an [`ExitConfig`]: 1.0 lets nobody go, and 0.0 all but those
-    whose confidence is 0. Other scores have the largest and a number below the smallest in their place.
+    With confidences in [0, 1], thresholds are those of an [`ExitConfig`]: 1.0 disables the exit, and 0.0 exits every
+    sample with confidence > 0. Other scores have a number above the largest and one below the smallest in their place.
+    All other thresholds are halfway between two neighbouring scores ([`possible_thresholds`]).
 
     Every policy on a grid is evaluated at once, from cumulative sums over a histogram of the samples. The grid of a
-    column holds what its samples are divided by: all of their confidences where these are few, else quantiles, closer
+    column holds what its samples are divided by: all possible thresholds where these are few, else quantiles, closer
     to each other towards the surest, where a threshold decides over few samples and over much accuracy. Then each
-    threshold of each policy on the frontier is moved over all confidences of its column while the others stay, four
-    times over. Where the grid holds all confidences, the frontier is exact; in any case its figures are its
+    threshold of each policy on the frontier is moved over all possible ones of its column while the others stay, four
+    times over. Where the grid holds all of them, the frontier is exact; in any case its figures are its
     policies' own. With more than nine thresholds, whose grid would grow fourfold with each, those policies are
     tried at first that let samples go at three columns at most.
 
@@ -88,25 +89,25 @@ def exact_frontier(
     >>> import numpy as np
     >>> from hf_scan.calibration import exact_frontier
 
-    >>> confidences = np.array([[0.9, 1.0], [0.7, 1.0], [0.6, 1.0]])
+    >>> confidences = np.array([[0.875, 1.0], [0.625, 1.0], [0.5, 1.0]])
     >>> correct = np.array([[True, True], [False, True], [True, True]])
     >>> frontier = exact_frontier(confidences, correct, np.array([1.0, 4.0]))
     >>> frontier.cost.tolist(), frontier.thresholds.tolist()
-    ([1.0, 3.0], [[0.0, 0.0], [0.7, 0.0]])
+    ([1.0, 3.0], [[0.0, 0.0], [0.75, 0.0]])
     ```
     """
     confidences, correct, costs = check_table(confidences, correct, costs)
     if max_policies < 1:
         raise ValueError(f"`max_policies` is {max_policies}; expected a number above 0, such as 1,000,000.")
     free = confidences.shape[1] - 1
-    lets_nobody_go = np.array([_ends(confidences[:, column])[1] for column in range(free)])
+    exits_nothing = np.array([_exits_nothing(confidences[:, column].max()) for column in range(free)])
     some = [tuple(range(free))] if free <= MOST_FREE else list(itertools.combinations(range(free), FEW))
     parts, exact = [], len(some) == 1
     for columns in some:
         grids, policies = _best_on_grid(confidences, correct, costs, columns, max_policies // len(some))
-        exact = exact and all(len(grid) == len(_values(confidences[:, c])) for grid, c in zip(grids, columns))
+        exact = exact and all(len(grid) == len(possible_thresholds(confidences[:, c])) for grid, c in zip(grids, columns))
         part = np.zeros((len(policies), free + 1))
-        part[:, :free] = lets_nobody_go
+        part[:, :free] = exits_nothing
         part[:, columns] = policies
         parts.append(part)
     frontier = Frontier.of(confidences, correct, costs, np.concatenate(parts))
@@ -152,7 +153,7 @@ def shared_threshold_frontier(confidences: np.ndarray, correct: np.ndarray, cost
     # from the surest before it up to its own. Its answer and cost start at one end and stop at the other.
     surest = np.maximum.accumulate(confidences[:, :free], axis=1)
     ends = np.hstack([np.full((n, 1), -np.inf), surest, np.full((n, 1), np.inf)])
-    values = _values(surest.ravel())
+    values = possible_thresholds(surest.ravel())
     right, spent = np.zeros(len(values) + 1), np.zeros(len(values) + 1)
     for column in range(free + 1):
         for end, sign in ((ends[:, column], 1), (ends[:, column + 1], -1)):
@@ -182,26 +183,45 @@ def oracle_policy(correct: np.ndarray, costs: np.ndarray) -> tuple[float, float]
     return float(correct.any(axis=1).mean()), float(costs[correct.argmax(axis=1)].mean())
 
 
-def _ends(confidence: np.ndarray) -> tuple[float, float]:
-    """The thresholds that let all go and nobody."""
-    least, most = float(confidence.min()), float(confidence.max())
-    return (0.0 if least >= 0 else float(np.nextafter(least, -np.inf))), max(1.0, most)
+def possible_thresholds(scores: np.ndarray, low: float | None = None) -> np.ndarray:
+    """
+    Return all thresholds that make a difference to a column of scores, each halfway between two neighbouring scores,
+    so that rounding moves no sample across: `predict_adaptive` on another runtime, or in batches of another size,
+    gives scores that differ in the last digits. Numbers of float32, as scores are; two scores with no such number
+    between them are not told apart.
+
+    Args:
+        scores (`np.ndarray` of shape `(n,)`): The scores.
+        low (`float`, *optional*): The smallest threshold that is allowed. Defaults to all.
+
+    Returns:
+        `np.ndarray` of shape `(m,)`: ascending. With scores in [0, 1], the last is 1.0, at which no sample exits, and
+        the first is 0.0, at which all do whose score is above 0.
+    """
+    values = np.unique(scores).astype(np.float64)
+    least, most = values[0], values[-1]
+    if low is not None:
+        values = np.unique([low, *values[(values > low) & (values < 1)], 1.0])
+    middle = ((values[1:] + values[:-1]) / 2).astype(np.float32).astype(np.float64)
+    between = middle[(middle > values[:-1]) & (middle < values[1:])]
+    first = [] if low is not None or least == 0 else [0.0 if least > 0 else least - 1]
+    return np.concatenate([first, between, [_exits_nothing(most)]])
 
 
-def _values(confidence: np.ndarray) -> np.ndarray:
-    """All thresholds that make a difference: the ends, and the confidences between."""
-    low, high = _ends(confidence)
-    return np.unique(np.concatenate([[low], confidence[(confidence > low) & (confidence < high)], [high]]))
+def _exits_nothing(most: float) -> float:
+    """Return the threshold at which no sample exits. No score in [0, 1] is above 1.0, however it is rounded."""
+    return 1.0 if most <= 1 else float(most) + 1
 
 
-def _grid(confidence: np.ndarray, size: int) -> np.ndarray:
-    """So many of them, or all."""
-    values = _values(confidence)
+def _grid(scores: np.ndarray, size: int) -> np.ndarray:
+    """Return so many of the possible thresholds, or all."""
+    values = possible_thresholds(scores)
     if len(values) > size:
         # Half of them spread evenly over the samples, half towards the surest in equal ratios.
         even = np.linspace(0, 1, size // 2)
-        tail = 1 - np.geomspace(1 / len(confidence), 1, max(0, size - size // 2 - 2))
-        values = _values(np.quantile(confidence, np.concatenate([even, tail]), method="lower"))
+        tail = 1 - np.geomspace(1 / len(scores), 1, max(0, size - size // 2 - 2))
+        places = np.searchsorted(values, np.quantile(scores, np.concatenate([even, tail]), method="lower"))
+        values = values[np.unique([0, *np.minimum(places, len(values) - 1), len(values) - 1])]
     return values
 
 
@@ -264,6 +284,7 @@ def polished(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, th
     """
     free = thresholds.shape[1] - 1
     orders = np.argsort(-confidences[:, :free], axis=0, kind="stable")
+    possible = [possible_thresholds(confidences[:, column]) for column in range(free)]
     accuracy, cost = evaluate_policies(confidences, correct, costs, thresholds)
     known: set[tuple[float, ...]] = set()
     for _ in range(POLISHING_ROUNDS):
@@ -275,7 +296,9 @@ def polished(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, th
         found = [(thresholds, accuracy, cost)]
         for policy in fresh:
             for column in range(free):
-                moved, new_accuracy, new_cost = _moved(confidences, correct, costs, policy, column, orders[:, column])
+                moved, new_accuracy, new_cost = _moved(
+                    confidences, correct, costs, policy, column, orders[:, column], possible[column]
+                )
                 # Of the policies there, the best that costs no more.
                 place = np.searchsorted(cost, new_cost, side="right") - 1
                 better = (place < 0) | (new_accuracy > accuracy[np.maximum(place, 0)])
@@ -293,6 +316,7 @@ def _moved(
     policy: np.ndarray,
     column: int,
     order: np.ndarray,
+    possible: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A policy with one column's threshold at each value that no other of that column beats; accuracies and costs."""
     n, free = len(confidences), len(policy) - 1
@@ -307,9 +331,10 @@ def _moved(
     )
     spent = costs[answers].sum() - np.cumsum(costs[later] - costs[column])
     values = confidences[here, column]
-    low, high = _ends(confidences[:, column])
-    below = np.append(values[1:].astype(float), low)  # as threshold, it lets go of all up to here, but for equal ones
-    ends = np.flatnonzero((values > below) & (below < high))
+    # The threshold that exits all up to here: the first above the next score. Equal scores exit together.
+    places = np.searchsorted(possible, values[1:], side="right")
+    below = np.append(possible[np.minimum(places, len(possible) - 1)], possible[0])
+    ends = np.flatnonzero(values > below) if len(values) else np.empty(0, dtype=int)
     kept = ends[undominated(right[ends], spent[ends])] if len(ends) else ends
     moved = np.repeat(policy[None], len(kept), axis=0)
     moved[:, column] = below[kept]

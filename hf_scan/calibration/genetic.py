@@ -7,6 +7,7 @@ import numpy as np
 import pygad
 from tqdm.auto import tqdm
 
+from .frontier import possible_thresholds
 from .policy import check_table, evaluate_policies
 
 
@@ -51,7 +52,8 @@ def genetic_search(
     Searches thresholds for the largest `acceleration + beta * (accuracy - baseline)`, where the acceleration is
     the plain network's cost over the mean cost, and accuracies count in points.
 
-    A gene of `bits` bits stands for each threshold, `1 - threshold_range * mean(bits)`. Parents are chosen by
+    A gene of `bits` bits stands for each threshold, `1 - threshold_range * mean(bits)`, moved halfway between the two
+    scores that it lies between ([`possible_thresholds`]), so that rounding moves no sample across. Parents are chosen by
     tournament and crossed at two points, one bit of each child is flipped, and the best policy is never lost.
 
     Source: the genetic algorithm of SCAN (Zhang et al., NeurIPS 2019), with the encoding and the fitness of a
@@ -119,10 +121,19 @@ def genetic_search(
         if not (least <= value <= most and value < float("inf")):
             raise ValueError(f"`{name}` is {value}; expected a number from {least} to {most}.")
     baseline = correct[:, -1].mean() if baseline_accuracy is None else baseline_accuracy
+    lowest = round(1 - threshold_range, 10)
+    possible = [
+        (np.unique([lowest, *scores[scores > lowest]]).astype(np.float64), possible_thresholds(scores, low=lowest))
+        for scores in confidences[:, :genes].T
+    ]
 
     def decode(solutions: np.ndarray) -> np.ndarray:
-        # Rounded, so that a threshold of 0.83 reads as such wherever it is written.
-        return np.round(1 - threshold_range * np.reshape(solutions, (-1, genes, bits)).mean(axis=-1), 10)
+        thresholds = np.round(1 - threshold_range * np.reshape(solutions, (-1, genes, bits)).mean(axis=-1), 10)
+        for column, (values, middles) in enumerate(possible):
+            # A threshold on a score exits only the samples above it, as one halfway to the next score does.
+            place = np.searchsorted(middles, values[np.searchsorted(values, thresholds[:, column], side="right") - 1])
+            thresholds[:, column] = np.where(thresholds[:, column] < 1, middles[place], 1.0)
+        return thresholds
 
     def fitness(algorithm: pygad.GA, solutions: np.ndarray, indices: object) -> list[float]:
         accuracy, cost = evaluate_policies(confidences, correct, costs, decode(np.asarray(solutions)))

@@ -130,6 +130,34 @@ def test_wishes_come_true_on_the_split(network, tables, wish, fallback):
         assert theirs < accuracy + 0.003 or spent > cost * 0.997
 
 
+@pytest.mark.parametrize(
+    ("asked", "criterion"),
+    [
+        ({}, "confidence"),
+        ({"speedup": 1.2}, "confidence"),
+        *(({"max_accuracy_drop": 1.0}, name) for name in ("margin", "patience", "ensemble_confidence")),
+        ({"guarantee": RiskBound(max_drop=5.0)}, "confidence"),
+    ],
+    ids=str,
+)
+def test_thresholds_lie_on_no_score(network, tables, asked, criterion):
+    """Nor move by the rounding to float32 that scores have; what is certified is what is returned."""
+    given = {"certify_dataset": tables[1]} if "guarantee" in asked else {} if asked else {"progress": False}
+    config = calibrate(network, tables[0], criterion=criterion, **asked, **given)
+    scores, _ = tables[0].columns(config)
+    for column, threshold in zip(scores.T, config.thresholds):
+        assert threshold is None or (threshold == np.float32(threshold) and threshold not in column)
+    if "guarantee" in asked:
+        alone = random_scan_model()
+        alone.exit_config = config.replace(guarantee=None)
+        certified = certify_thresholds(alone, tables[1], asked["guarantee"])
+        assert certified.rule == config.guarantee["rule"]
+        assert (certified.guarantee["risk"], certified.guarantee["p_value"]) == (
+            config.guarantee["risk"],
+            config.guarantee["p_value"],
+        )
+
+
 def test_an_exit_that_costs_more_than_it_saves_is_switched_off(network, tables):
     network = random_scan_model()
     network.exit_config = ExitConfig(costs=measured())

@@ -323,6 +323,53 @@ def test_what_the_frontier_says_is_what_its_thresholds_give():
         assert (np.diff(frontier.accuracy) > 0).all()
 
 
+def assert_between_scores(scores: np.ndarray, thresholds: np.ndarray, low: float = 0.0) -> None:
+    """Each threshold is as far from both neighbours as a number of float32 can be, or at an end."""
+    values = np.unique([low, *scores, 1.0])
+    for threshold in np.unique(thresholds):
+        assert threshold == np.float32(threshold)
+        if threshold not in (0.0, 1.0):
+            above = np.searchsorted(values, threshold)
+            assert values[above - 1] < threshold < values[above]
+            distance = threshold - values[above - 1], values[above] - threshold
+            assert distance[0] == pytest.approx(distance[1], abs=2 * float(np.spacing(np.float32(threshold))))
+        else:
+            assert threshold == 1.0 or 0.0 not in scores
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    n=st.integers(2, 40),
+    seed=st.integers(0, 10**6),
+    distinct=st.sampled_from([3, 10, 1000, 2**24]),
+    most=st.sampled_from([4, 30, 10**6]),
+)
+def test_thresholds_lie_halfway_between_scores(n, seed, distinct, most):
+    """Of every search, polished or not; among the scores are 0 and 1, equal ones, and neighbours in float32."""
+    rng = np.random.default_rng(seed)
+    confidences = (rng.integers(0, distinct + 1, (n, 3)) / distinct).astype(np.float32)
+    table = confidences, rng.random((n, 3)) < 0.6, np.array([0.3, 0.6, 1.0])
+    frontier = exact_frontier(*table, max_policies=most)
+    found = genetic_search(*table, threshold_range=0.9, generations=3, population_size=6, seed=seed, progress=False)
+    for column in range(2):
+        assert_between_scores(confidences[:, column], frontier.thresholds[:, column])
+        assert_between_scores(confidences[:, column], np.array(found.thresholds)[[column]], low=0.1)
+    surest = np.maximum.accumulate(confidences[:, :2], axis=1)
+    assert_between_scores(surest.ravel(), shared_threshold_frontier(*table).thresholds[:, 0])
+    assert evaluate_policies(*table, np.array([found.thresholds])) == ([found.accuracy], [found.cost])
+
+
+def test_scores_that_differ_in_their_last_digits_exit_alike():
+    confidences, correct, costs = scores(n=300)
+    confidences = confidences.astype(np.float32)
+    gap = min(np.diff(np.unique(column)).min() for column in confidences.T)
+    moved = np.clip(confidences + np.random.default_rng(1).uniform(-0.4, 0.4, confidences.shape) * gap, 0, 1)
+    found = genetic_search(confidences, correct, costs, generations=10, progress=False)
+    for policies in (exact_frontier(confidences, correct, costs).thresholds, np.array([found.thresholds])):
+        before, after = (answering_column(values, policies) for values in (confidences, moved))
+        assert np.array_equal(before, after)
+
+
 def test_polishing_loses_nothing():
     rough, polished = (exact_frontier(*scores(n=1000), max_policies=20**2, polish=polish) for polish in (False, True))
     for accuracy, cost in zip(rough.accuracy, rough.cost):
