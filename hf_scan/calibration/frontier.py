@@ -105,7 +105,8 @@ def exact_frontier(
     parts, exact = [], len(some) == 1
     for columns in some:
         grids, policies = _best_on_grid(confidences, correct, costs, columns, max_policies // len(some))
-        exact = exact and all(len(grid) == len(possible_thresholds(confidences[:, c])) for grid, c in zip(grids, columns))
+        numbers = [len(possible_thresholds(confidences[:, column])) for column in columns]
+        exact = exact and [len(grid) for grid in grids] == numbers
         part = np.zeros((len(policies), free + 1))
         part[:, :free] = exits_nothing
         part[:, columns] = policies

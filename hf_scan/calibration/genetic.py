@@ -53,8 +53,8 @@ def genetic_search(
     the plain network's cost over the mean cost, and accuracies count in points.
 
     A gene of `bits` bits stands for each threshold, `1 - threshold_range * mean(bits)`, moved halfway between the two
-    scores that it lies between ([`possible_thresholds`]), so that rounding moves no sample across. Parents are chosen by
-    tournament and crossed at two points, one bit of each child is flipped, and the best policy is never lost.
+    scores that it lies between ([`possible_thresholds`]), so that rounding moves no sample across. Parents are chosen
+    by tournament and crossed at two points, one bit of each child is flipped, and the best policy is never lost.
 
     Source: the genetic algorithm of SCAN (Zhang et al., NeurIPS 2019), with the encoding and the fitness of a
     published re-implementation; one gene per classifier.
