@@ -1,30 +1,28 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The engine without PyTorch: NumPy, ONNX Runtime and an exported folder are all that it needs."""
 
-import json
 import os
-import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
-from .manifest import MANIFEST_NAME, ONNX_FOLDER, WEIGHTS_NAME, Manifest, check_weights_beside
-from .numpy_rule import RULE, AdaptiveAnswer, ExitSettings, Step, confidence_of, fall_back, plan_steps
-from .stream import Group, in_order, numbered, run_stream
+from .loading import download, read_config, read_exit_config
+from .manifest import MANIFEST_NAME, ONNX_FOLDER, Manifest
+from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, plan_steps
+from .routing import check_finite, run_batch
+from .saving import save_export, upload_export
+from .sessions import Sessions, resolve_providers, share_thread_pool
+from .stream import in_order, numbered, run_stream
 
 
-CONFIG_NAME = "config.json"
-EXIT_CONFIG_NAME = "exit_config.json"
 NEVER = np.float32(np.inf)
+# What `from_pretrained` takes for the Hub.
+HUB_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
 
 
 @dataclass
@@ -87,14 +85,12 @@ class ORTScanForImageClassification:
         manifest: Manifest,
         config: Any,
         exit_config: Any,
-        providers: list[Any],
+        providers: list[tuple[str, dict[str, Any]]],
         session_options: Any = None,
     ) -> None:
         self.folder, self.manifest, self.config = folder, manifest, config
-        self.providers, self.session_options = providers, session_options
         self._exit_config = exit_config
-        self._sessions: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._sessions = Sessions(folder, manifest, providers, session_options)
         self._scratch: Any = None  # holds a folder that was exported for this engine only
 
     @classmethod
@@ -129,14 +125,19 @@ class ORTScanForImageClassification:
             `OSError`: if there is no export, or a file of it is missing or is not what the manifest describes.
             `ValueError`: if a file names something outside of the folder, or a provider is unknown.
         """
-        chosen = _providers(provider, providers, provider_options)
+        chosen = resolve_providers(provider, providers, provider_options)
         if export:
-            return cls._exported(model_id, chosen, session_options, exit_config, **kwargs)
-        folder = Path(model_id, subfolder) if os.path.isdir(model_id) else _downloaded(model_id, subfolder, **kwargs)
+            return cls._exported(model_id, chosen, session_options, exit_config, subfolder=subfolder, **kwargs)
+        if unknown := sorted(set(kwargs) - HUB_ARGUMENTS):
+            raise TypeError(
+                f"`from_pretrained` got {unknown}; expected some of {sorted(HUB_ARGUMENTS)}. Settings of the export "
+                "need `export=True`."
+            )
+        folder = Path(model_id, subfolder) if os.path.isdir(model_id) else download(model_id, subfolder, **kwargs)
         manifest = Manifest.load(folder / ONNX_FOLDER)
-        config = _read_config(folder, manifest)
+        config = read_config(folder, manifest)
         if exit_config is None:
-            exit_config = _read_exit_config(folder)
+            exit_config = read_exit_config(folder)
         if exit_config.thresholds is not None:
             exit_config.resolve(manifest.num_exits)
         return cls(folder, manifest, config, exit_config, chosen, session_options)
@@ -236,7 +237,7 @@ class ORTScanForImageClassification:
     def plain(self, pixel_values: Any) -> Any:
         """Return the logits of the network without early exits, run as one graph."""
         images, convert = self._images(pixel_values)
-        return convert(self._session("plain.onnx").run(None, {"pixel_values": images})[0])
+        return convert(self._sessions["plain.onnx"].run(None, {"pixel_values": images})[0])
 
     backbone = plain
 
@@ -254,7 +255,7 @@ class ORTScanForImageClassification:
         """
         names = ["pixel_values"] if index == 0 else [value["name"] for value in self.manifest.states[index - 1]]
         head = head or index == self.num_exits - 1
-        session = self._session(f"stage_{index}.onnx" if head else f"stage_{index}_without_head.onnx")
+        session = self._sessions[f"stage_{index}.onnx" if head else f"stage_{index}_without_head.onnx"]
         values = session.run(None, dict(zip(names, state)))
         return (values[1:], values[0]) if head else (values, None)
 
@@ -278,7 +279,7 @@ class ORTScanForImageClassification:
             seconds += [alone, max(1e-9, both - alone) if index < self.num_exits - 1 else 1e-9]
             state = after
         start = time.perf_counter()
-        self._session("plain.onnx").run(None, {"pixel_values": images})
+        self._sessions["plain.onnx"].run(None, {"pixel_values": images})
         return [*seconds, time.perf_counter() - start]
 
     def predict_adaptive(
@@ -305,10 +306,10 @@ class ORTScanForImageClassification:
         plan = plan_steps(settings, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        if len(images) == 1 and max_time_ms is None and self._is_nested(settings, plan):
-            answer = self._run_nested(images, plan)
+        if len(images) == 1 and max_time_ms is None and self.manifest.holds(settings, plan):
+            answer = self.run_nested(images, plan)
         else:
-            answer = self._run_stages(images, settings, plan, max_time_ms)
+            answer = run_batch(self, images, settings, plan, max_time_ms)
         return _converted(answer, convert)
 
     def predict_adaptive_stream(
@@ -343,56 +344,28 @@ class ORTScanForImageClassification:
         for answer in in_order(answers(), arrived) if ordered else answers():
             yield _converted(answer, converts[0])
 
-    def advance(
-        self, settings: ExitSettings, plan: list[Step], index: int, group: Group
-    ) -> tuple[list[AdaptiveAnswer], Group | None]:
-        """Run one stage and its head for a group; return the answers of those that leave, and those that go on."""
-        step = plan[index]
-        state, logits = self.run(index, group.state, step.runs)
-        if not step.runs:
-            return [], Group(group.rows, state, group.seen, group.exits)
-        earlier = settings.needs_history
-        seen, exits = ([*group.seen, logits], [*group.exits, index]) if earlier else ([logits], [index])
-        gone = []
-        stay = Group(group.rows, state, seen, exits)
-        if step.limit is not None:
-            score = settings.score(seen, exits)
-            leaves = score > step.limit
-            if leaves.any():
-                out = leaves.nonzero()[0]
-                confidence = score[out]
-                if settings.criterion != "confidence":
-                    confidence = confidence_of(settings.scaled(logits[out], index))
-                gone.append(AdaptiveAnswer(logits[out], np.full(len(out), index), confidence, group.rows[out]))
-                on = (~leaves).nonzero()[0]
-                if len(on) == 0:
-                    return gone, None
-                stay = self.select(index, stay, on)
-        if index < len(plan) - 1:
-            return gone, stay
-        return [*gone, self.give_up(settings, stay)], None
+    def run_nested(self, images: np.ndarray, plan: list[Step]) -> AdaptiveAnswer:
+        """
+        Run `adaptive.onnx`, whose rule the plan must be: the file's own heads run.
 
-    def give_up(self, settings: ExitSettings, group: Group) -> AdaptiveAnswer:
-        """Answer those that would go on with the fallback."""
-        logits, exit_index, confidence = fall_back(settings, group.seen, group.exits, self.num_exits)
-        _check_finite(confidence)
-        return AdaptiveAnswer(logits, exit_index, confidence, group.rows)
+        Args:
+            images (`np.ndarray`): One image, as a batch.
+            plan (`list[Step]`): Only the limits are read.
+        """
+        limits = np.array([NEVER if step.limit is None else step.limit for step in plan], dtype=np.float32)
+        session = self._sessions["adaptive.onnx"]
+        logits, exit_index, confidence = session.run(None, {"pixel_values": images, "thresholds": limits})
+        check_finite(confidence)
+        return AdaptiveAnswer(logits, exit_index, confidence)
 
-    def select(self, index: int, group: Group, rows: Any) -> Group:
-        """Return some samples of a group, by their positions in it; `index` is the stage that they have passed."""
-        count = len(group.rows)
-        state = [value[rows] if len(value) == count else _windows(value, rows, count) for value in group.state]
-        return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
+    def open_sessions(self) -> None:
+        """
+        Open a session for every graph now, rather than each when it is first needed.
 
-    def check_states_without_heads(self, images: np.ndarray) -> None:
-        """Raise a `ValueError` unless each stage hands on the same without its head, to the bit or nearly."""
-        state: list[Any] = [images]
-        for index in range(self.num_exits - 1):
-            alone, _ = self.run(index, state, head=False)
-            state, _ = self.run(index, state, head=True)
-            for one, other in zip(alone, state):
-                if not np.allclose(one, other, rtol=1e-3, atol=1e-4):
-                    raise ValueError(f"stage_{index}_without_head.onnx differs from stage_{index}.onnx.")
+        Raises:
+            `OSError`: if ONNX Runtime does not load one of them.
+        """
+        self._sessions.open_all()
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -408,82 +381,32 @@ class ORTScanForImageClassification:
             kwargs: For [`~ORTScanForImageClassification.push_to_hub`].
         """
         target = Path(save_directory)
-        if target.resolve() != self.folder.resolve():
-            shutil.copytree(self.folder, target, dirs_exist_ok=True)
-        (target / EXIT_CONFIG_NAME).unlink(missing_ok=True)
-        if self.exit_config.thresholds is not None or self.exit_config.rule != ExitSettings().rule:
-            self.exit_config.save_pretrained(target)
-        settings = ExitSettings.of(self.exit_config)
-        if settings.thresholds is not None and not self._is_nested(settings, plan_steps(settings, self.num_exits)):
-            self._renest(settings, target / ONNX_FOLDER)
+        save_export(self.folder, self.manifest, self.exit_config, target)
+        if target.resolve() == self.folder.resolve():
+            self.manifest = self._sessions.manifest = Manifest.load(self.folder / ONNX_FOLDER)
+            self._sessions.forget("adaptive.onnx")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """
-        Upload the folder in one commit.
+        Upload the folder in one commit, which removes the graphs of an earlier one.
 
         Args:
             repo_id (`str`): The repository. It is created when there is none.
-            kwargs: `private`, `token`, `revision`, `subfolder`, `commit_message` and so on.
+            kwargs: `private`, `token`, `revision` (a branch, created when there is none), `subfolder`, and what
+                [`~huggingface_hub.HfApi.upload_folder`] takes, such as `commit_message` or `create_pr`.
         """
-        from huggingface_hub import HfApi
-
-        api, token = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
-        path = kwargs.pop("subfolder", None)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "export")
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=token, exist_ok=True).repo_id
-            kwargs.setdefault("commit_message", "Upload ONNX model")
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=path, **kwargs)
+            return upload_export(folder, repo_id, **kwargs)
 
     # Inside.
 
     def _settings(self, exit_config: Any, changes: dict[str, Any]) -> ExitSettings:
         settings = ExitSettings.of(self._exit_config if exit_config is None else exit_config)
         return settings.replace(**changes) if changes else settings
-
-    def _is_nested(self, settings: ExitSettings, plan: list[Step]) -> bool:
-        """Whether `adaptive.onnx` holds this rule, but for the thresholds."""
-        rule = self.manifest.adaptive
-        return (
-            rule is not None
-            and "adaptive.onnx" in self.manifest.files
-            and len(plan) == self.num_exits
-            and rule["heads"] == [step.runs for step in plan]
-            and all(rule[name] == getattr(settings, name) for name in RULE if name != "thresholds")
-        )
-
-    def _run_nested(self, images: np.ndarray, plan: list[Step]) -> AdaptiveAnswer:
-        limits = np.array([NEVER if step.limit is None else step.limit for step in plan], dtype=np.float32)
-        session = self._session("adaptive.onnx")
-        logits, exit_index, confidence = session.run(None, {"pixel_values": images, "thresholds": limits})
-        _check_finite(confidence)
-        return AdaptiveAnswer(logits, exit_index, confidence)
-
-    def _run_stages(
-        self, images: np.ndarray, settings: ExitSettings, plan: list[Step], max_time_ms: float | None
-    ) -> AdaptiveAnswer:
-        started = now = time.perf_counter()
-        count = len(images)
-        parts: list[AdaptiveAnswer] = []
-        group: Group | None = Group(np.arange(count), [images])
-        for index in range(len(plan)):
-            assert group is not None
-            gone, group = self.advance(settings, plan, index, group)
-            parts += gone
-            if group is None:
-                break
-            before, now = now, time.perf_counter()
-            # The next stage is taken to need as long as this one did.
-            if max_time_ms is not None and group.seen and 1000 * (2 * now - before - started) > max_time_ms:
-                parts.append(self.give_up(settings, group))
-                break
-        if len(parts) == 1:
-            return AdaptiveAnswer(parts[0].logits, parts[0].exit_index, parts[0].confidence)
-        order = np.concatenate([part.ids for part in parts]).argsort()
-        names = ("logits", "exit_index", "confidence")
-        return AdaptiveAnswer(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in names))
 
     def _images(self, pixel_values: Any, values: bool = False) -> tuple[np.ndarray, Any]:
         """The images as an array, and what turns answers into what was given."""
@@ -505,159 +428,6 @@ class ORTScanForImageClassification:
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
         return images, convert
 
-    def _session(self, name: str) -> Any:
-        session = self._sessions.get(name)
-        if session is None:
-            with self._lock:
-                if name not in self._sessions:
-                    self._sessions[name] = self._created(name)
-                session = self._sessions[name]
-        return session
-
-    def _created(self, name: str) -> Any:
-        folder = self.folder / ONNX_FOLDER
-        if name not in self.manifest.files:
-            raise OSError(f"{folder} holds no {name!r}. Export the network again.")
-        options = self.session_options
-        if options is None:
-            options = onnxruntime.SessionOptions()
-            options.use_per_session_threads = not _SHARED_POOL
-            options.log_severity_level = 3
-        check_weights_beside(folder / name)
-        try:
-            return onnxruntime.InferenceSession(
-                folder / name,
-                options,
-                providers=[one for one, _ in self.providers],
-                provider_options=[settings for _, settings in self.providers],
-            )
-        except Exception as error:  # of ONNX Runtime, which has many kinds
-            reason = str(error).strip().splitlines()[0][:300]
-            raise OSError(
-                f"ONNX Runtime does not load {folder / name} ({reason}). Weights must lie in {WEIGHTS_NAME!r} beside "
-                "it. Export the network again."
-            ) from error
-
-    def _renest(self, settings: ExitSettings, folder: Path) -> None:
-        """Makes `adaptive.onnx` for another rule, or takes it away."""
-        manifest = replace(self.manifest)
-        path = folder / "adaptive.onnx"
-        path.unlink(missing_ok=True)
-        manifest.adaptive = None
-        if find_spec("onnx") is not None:
-            import onnx
-
-            from .graphs import nest
-
-            plan = plan_steps(settings, self.num_exits)
-            rule = {name: getattr(settings, name) for name in RULE if name != "thresholds"}
-            manifest.adaptive = {**rule, "heads": [step.runs for step in plan]}
-            names = [f"stage_{i}.onnx" if step.runs else f"stage_{i}_without_head.onnx" for i, step in enumerate(plan)]
-            stages = [onnx.load(folder / name, load_external_data=False) for name in names]
-            states = [[value["name"] for value in values] for values in manifest.states]
-            onnx.save(nest(stages, states, manifest.adaptive), path)
-        manifest.save(folder)
-        if folder.resolve() == (self.folder / ONNX_FOLDER).resolve():
-            self.manifest = manifest
-            self._sessions.pop("adaptive.onnx", None)
-
-
-_SHARED_POOL = False
-
-
-def share_thread_pool(threads: int) -> None:
-    """
-    Have all engines that are loaded from now on share one pool of threads, rather than each session of theirs keep its
-    own. ONNX Runtime has one such pool for a process, and once there is one, *every* session of the process must set
-    `SessionOptions.use_per_session_threads = False`; so this is for programs that know all of theirs, and comes before
-    the first session.
-
-    Args:
-        threads (`int`): How many.
-    """
-    global _SHARED_POOL
-    if not hasattr(onnxruntime, "set_global_thread_pool_sizes"):
-        raise RuntimeError("This version of ONNX Runtime has no common thread pool; update it.")
-    onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    _SHARED_POOL = True
-
-
-def _windows(value: np.ndarray, rows: Any, count: int) -> np.ndarray:
-    """Several rows for each image, one image after the other."""
-    per_image = value.reshape(count, -1, *value.shape[1:])[rows]
-    return per_image.reshape(-1, *value.shape[1:])
-
-
-def _providers(
-    provider: str, providers: Sequence[Any] | None, provider_options: dict[str, Any] | None
-) -> list[tuple[str, dict[str, Any]]]:
-    given = [(provider, provider_options or {})] if providers is None else list(providers)
-    chosen = [(one, {}) if isinstance(one, str) else tuple(one) for one in given]
-    available = onnxruntime.get_available_providers()
-    for name, _ in chosen:
-        if name not in available:
-            raise ValueError(f"`provider` is {name!r}, which is not installed; expected one of {available}.")
-    return chosen
-
-
-def _read_config(folder: Path, manifest: Manifest) -> Any:
-    """The configuration: Transformers' own object where there is Transformers, else its values."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise OSError(f"{folder} holds no {CONFIG_NAME!r}. Name a folder that `model.export_onnx(folder)` made.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = values.get("id2label") or {str(index): f"LABEL_{index}" for index in range(manifest.num_labels)}
-        id2label = {int(index): name for index, name in names.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a configuration ({error}). Export the network anew.") from error
-    if len(id2label) != manifest.num_labels:
-        raise ValueError(
-            f"{path} names {len(id2label)} labels, and the exported network has {manifest.num_labels}: the "
-            "configuration is of another network. Export it anew."
-        )
-    if _has_torch():
-        from ..model.configuration_scan import ScanConfig
-
-        return ScanConfig.from_pretrained(folder)
-    label2id = {name: index for index, name in id2label.items()}
-    rest = {"problem_type": None, **values, "id2label": id2label, "label2id": label2id}
-    return SimpleNamespace(**{**rest, "num_labels": manifest.num_labels})
-
-
-def _read_exit_config(folder: Path) -> Any:
-    if _has_torch():
-        from ..model.exit_config import ExitConfig
-
-        return ExitConfig.from_pretrained(folder)
-    path = folder / EXIT_CONFIG_NAME
-    if not path.is_file():
-        return ExitSettings()
-    try:
-        return ExitSettings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a valid exit configuration: {error} Find thresholds anew with `hf_scan.calibrate`, or "
-            "remove the file."
-        ) from error
-
-
-def _downloaded(model_id: Any, subfolder: str, **kwargs: Any) -> Path:
-    if find_spec("huggingface_hub") is None:
-        raise OSError(
-            f"{model_id} is not a folder, and huggingface_hub, which would load it from the Hub, is not installed."
-        )
-    from huggingface_hub import snapshot_download
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    names = [CONFIG_NAME, EXIT_CONFIG_NAME, "preprocessor_config.json", f"{ONNX_FOLDER}/*"]
-    folder = snapshot_download(str(model_id), allow_patterns=[prefix + name for name in names], **kwargs)
-    return Path(folder, subfolder)
-
-
-def _has_torch() -> bool:
-    return find_spec("torch") is not None and find_spec("transformers") is not None
-
 
 def _torch() -> Any:
     import torch
@@ -671,11 +441,6 @@ def _converted(answer: AdaptiveAnswer, convert: Any) -> Any:
     from ..model.exit_rule import AdaptiveOutput
 
     return AdaptiveOutput(**{name: convert(np.ascontiguousarray(value)) for name, value in answer.items()})
-
-
-def _check_finite(confidence: np.ndarray) -> None:
-    if not np.isfinite(confidence.sum()):
-        raise ValueError("The network gives logits that are not finite, though the images are. Check its weights.")
 
 
 __all__ = ["MANIFEST_NAME", "EngineOutput", "ORTScanForImageClassification", "share_thread_pool"]

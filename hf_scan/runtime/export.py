@@ -7,15 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..costs.measure import count_macs, count_parameters
 from ..model.evaluation_mode import evaluating
-from ..model.exit_rule import apply_exit_rule
 from ..model.stages import StageState
+from .compare import BATCH_SIZES, compare_with_itself, compare_with_pytorch
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import RULE, ExitSettings, plan_steps
 
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 
 
 INT8_FOLDER = "int8"
-# Batch sizes at which what was exported is compared with PyTorch, and by how much it may differ, of the largest logit:
-# a graph that is wrong differs by far more, and roundings of deep networks with random weights by up to a fifth of it.
-COMPARED = (1, 2, 5)
-TOLERANCE = 1e-3
 
 
 class _AllStages(nn.Module):
@@ -165,10 +160,10 @@ def _write(
     wrapped = _AllStages(model, model.config.preprocessing if include_preprocessing else None).eval()
     if include_preprocessing:
         image = {"dtype": "uint8", "shape": [size, size, channels]}
-        pixels = torch.randint(0, 256, (max(COMPARED), size, size, channels), dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (max(BATCH_SIZES), size, size, channels), dtype=torch.uint8)
     else:
         image = {"dtype": "float32", "shape": [channels, size, size]}
-        pixels = torch.randn(max(COMPARED), channels, size, size)
+        pixels = torch.randn(max(BATCH_SIZES), channels, size, size)
     pixels = pixels.to(model.device)
     states = _states_of(wrapped, pixels[:2])
     whole = _exported(wrapped, pixels[:2], states, opset or graphs.OPSET)
@@ -185,13 +180,14 @@ def _write(
     )
     write_graphs(whole, manifest, rule_of(model.exit_config, model.num_exits), folder / ONNX_FOLDER)
     _save_beside(model, folder)
-    _compare(model, wrapped, folder, pixels)
+    compare_with_pytorch(model, wrapped.images, folder, pixels)
     if calibration is not None:
         from .quantize import quantize
 
         quantized, own = quantize(whole, manifest, calibration)
         write_graphs(quantized, own, manifest.adaptive or {}, folder / INT8_FOLDER / ONNX_FOLDER)
         _save_beside(model, folder / INT8_FOLDER, int8=True)
+        compare_with_itself(model.config.backbone, folder / INT8_FOLDER, pixels.cpu().numpy())
 
 
 def _states_of(wrapped: _AllStages, pixels: torch.Tensor) -> list[list[dict[str, Any]]]:
@@ -319,57 +315,6 @@ def _save_beside(model: "ScanForImageClassification", folder: Path, int8: bool =
         tags = [*model.model_tags, "onnx"]
         data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
         ModelCard.from_template(data).save(folder / "README.md")
-
-
-def _compare(model: "ScanForImageClassification", wrapped: _AllStages, folder: Path, pixels: torch.Tensor) -> None:
-    """Run every session beside PyTorch, and raise a `ValueError` where one differs."""
-    from .engine import ORTScanForImageClassification
-
-    try:
-        engine = ORTScanForImageClassification.from_pretrained(folder, provider="CPUExecutionProvider")
-        for size in COMPARED:
-            with torch.no_grad():
-                logits = model(wrapped.images(pixels[:size])).exit_logits
-            images = pixels[:size].cpu().numpy()
-            _check_equal(f"the stages, {size} images", engine.forward(images).exit_logits, logits)
-            _check_equal(f"plain.onnx, {size} images", [engine.plain(images)], [logits[-1]])
-            engine.check_states_without_heads(images)
-            if size == 1:
-                _compare_single(model, engine, images, logits)
-    except ValueError:
-        raise
-    except Exception as error:  # of ONNX Runtime, which has many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{model.config.backbone!r} cannot be exported to ONNX: ONNX Runtime does not run it ({reason}). Choose "
-            "another backbone, or other `exit_points`."
-        ) from error
-
-
-def _compare_single(model: Any, engine: Any, images: np.ndarray, logits: tuple[torch.Tensor, ...]) -> None:
-    rule = engine.manifest.adaptive
-    kept = {name: rule[name] for name in RULE if name != "thresholds"}
-    for leave_at in range(model.num_exits + 1):
-        thresholds = [
-            None if not runs else (0.0 if index == leave_at else 1 - 1e-7) for index, runs in enumerate(rule["heads"])
-        ]
-        config = model.exit_config.__class__(thresholds=thresholds, **kept)
-        expected = apply_exit_rule([one.cpu() for one in logits], config)
-        found = engine.predict_adaptive(images, exit_config=config)
-        _check_equal(f"adaptive.onnx, left at {leave_at}", [found.logits], [expected.logits])
-        if found.exit_index.tolist() != expected.exit_index.tolist():
-            raise ValueError(f"adaptive.onnx leaves at {found.exit_index}, and PyTorch at {expected.exit_index}.")
-
-
-def _check_equal(what: str, found: Any, expected: Any) -> None:
-    for index, (one, other) in enumerate(zip(found, expected)):
-        other = other.cpu().numpy()
-        difference = np.abs(one - other).max() / max(1.0, np.abs(other).max())
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f"What was exported differs from PyTorch by {difference:.1e} of the largest logit ({what}, exit "
-                f"{index}); expected at most {TOLERANCE:g}. Nothing was written."
-            )
 
 
 __all__ = ["INT8_FOLDER", "export_onnx", "nested", "rule_of", "write_graphs"]

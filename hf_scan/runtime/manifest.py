@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .numpy_rule import RULE, ExitSettings, Step
+
 
 ONNX_FOLDER = "onnx"
 MANIFEST_NAME = "manifest.json"
@@ -55,6 +57,15 @@ class Manifest:
         """Return SHA-256 of the weights, graphs and precision: engines that answer alike have the same."""
         kept = {name: digest for name, digest in self.files.items() if name != "adaptive.onnx"}
         return hashlib.sha256(json.dumps([self.precision, kept], sort_keys=True).encode()).hexdigest()
+
+    def holds(self, settings: ExitSettings, plan: list[Step]) -> bool:
+        """Return whether `adaptive.onnx` is there and has this rule, whatever the thresholds."""
+        return (
+            self.adaptive is not None
+            and "adaptive.onnx" in self.files
+            and self.adaptive["heads"] == [step.runs for step in plan]
+            and all(self.adaptive[name] == getattr(settings, name) for name in RULE if name != "thresholds")
+        )
 
     def save(self, folder: Path) -> None:
         """Write the manifest with the digests of the files that lie beside it."""

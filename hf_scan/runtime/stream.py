@@ -2,30 +2,12 @@
 """A stream through exported stages: samples that stay wait until they fill a batch again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .numpy_rule import AdaptiveAnswer, ExitSettings, Step
-
-
-@dataclass
-class Group:
-    """
-    Samples on their way through the network together.
-
-    Args:
-        rows (`np.ndarray` of shape `(n,)`): Which samples they are.
-        state (`list[np.ndarray]`): What the last stage returned for them.
-        seen (`list[np.ndarray]`): Logits of the heads that ran, as far as they are still needed.
-        exits (`list[int]`): Of which exits these are.
-    """
-
-    rows: np.ndarray
-    state: list[Any]
-    seen: list[np.ndarray] = field(default_factory=list)
-    exits: list[int] = field(default_factory=list)
+from .routing import Group, advance, select
 
 
 def run_stream(
@@ -40,7 +22,7 @@ def run_stream(
     Yield answers as they are ready. An error of the source is raised when all that came before it is answered.
 
     Args:
-        engine ([`ORTScanForImageClassification`]): Runs stages for groups and selects samples of them.
+        engine ([`ORTScanForImageClassification`]): Runs the stages.
         settings, plan: The rule.
         source (`Iterable`): Positions and images of each batch.
         batch_size (`int`): Samples with which a stage is run.
@@ -52,7 +34,7 @@ def run_stream(
         return sum(len(group.rows) for group in queues[index])
 
     def run_one(index: int) -> Iterator[AdaptiveAnswer]:
-        gone, stay = engine.advance(settings, plan, index, _taken(engine, index, queues[index], batch_size))
+        gone, stay = advance(engine, settings, plan, index, _taken(queues[index], batch_size))
         if stay is not None:
             queues[index + 1].append(stay)
         yield from gone
@@ -84,15 +66,15 @@ def run_stream(
         raise error
 
 
-def _taken(engine: Any, index: int, queue: list[Group], batch_size: int) -> Group:
+def _taken(queue: list[Group], batch_size: int) -> Group:
     """At most a batch from a queue, as one group."""
     taken, count = [], 0
     while queue and count < batch_size:
         group = queue.pop(0)
         room = batch_size - count
         if len(group.rows) > room:
-            queue.insert(0, engine.select(index - 1, group, slice(room, None)))
-            group = engine.select(index - 1, group, slice(room))
+            queue.insert(0, select(group, slice(room, None)))
+            group = select(group, slice(room))
         taken.append(group)
         count += len(group.rows)
     if len(taken) == 1:
@@ -145,4 +127,4 @@ def in_order(answers: Iterable[AdaptiveAnswer], arrived: list[int]) -> Iterator[
             yield AdaptiveAnswer(**{name: np.stack([held[name][i] for held, i in ready]) for name in names})
 
 
-__all__ = ["Group", "in_order", "numbered", "run_stream"]
+__all__ = ["in_order", "numbered", "run_stream"]

@@ -53,7 +53,7 @@ def test_one_file_holds_any_rule(exported, tmp_path, images, criterion, fallback
     engine.save_pretrained(tmp_path)
     again = ORTScanForImageClassification.from_pretrained(tmp_path)
     assert again.exit_config.rule == engine.exit_config.rule
-    again._run_stages = None  # so that it would fail
+    again.run = None  # so that running a stage would fail
     for image in images.numpy()[:12]:
         one, other = again.predict_adaptive(image[None]), engine.predict_adaptive(image[None])
         assert one.exit_index.tolist() == other.exit_index.tolist()

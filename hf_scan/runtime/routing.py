@@ -1,0 +1,121 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""One batch through exported stages: who leaves at each exit, and who goes on."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, fall_back
+
+
+@dataclass
+class Group:
+    """
+    Samples on their way through the network together.
+
+    Args:
+        rows (`np.ndarray` of shape `(n,)`): Which samples they are.
+        state (`list[np.ndarray]`): What the last stage returned for them.
+        seen (`list[np.ndarray]`): Logits of the heads that ran, as far as they are still needed.
+        exits (`list[int]`): Of which exits these are.
+    """
+
+    rows: np.ndarray
+    state: list[Any]
+    seen: list[np.ndarray] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+
+
+def run_batch(
+    engine: Any, images: np.ndarray, settings: ExitSettings, plan: list[Step], max_time_ms: float | None
+) -> AdaptiveAnswer:
+    """
+    Run a batch stage by stage, each for the samples that have not left.
+
+    Args:
+        engine ([`ORTScanForImageClassification`]): Runs the stages.
+        images (`np.ndarray`): The batch.
+        settings, plan: The rule.
+        max_time_ms (`float`, *optional*): When those that are left are answered with what has run.
+    """
+    started = now = time.perf_counter()
+    count = len(images)
+    parts: list[AdaptiveAnswer] = []
+    group: Group | None = Group(np.arange(count), [images])
+    for index in range(len(plan)):
+        assert group is not None
+        gone, group = advance(engine, settings, plan, index, group)
+        parts += gone
+        if group is None:
+            break
+        before, now = now, time.perf_counter()
+        # The next stage is taken to need as long as this one did.
+        if max_time_ms is not None and group.seen and 1000 * (2 * now - before - started) > max_time_ms:
+            parts.append(answer_with_fallback(settings, group, engine.num_exits))
+            break
+    if len(parts) == 1:
+        return AdaptiveAnswer(parts[0].logits, parts[0].exit_index, parts[0].confidence)
+    order = np.concatenate([part.ids for part in parts]).argsort()
+    names = ("logits", "exit_index", "confidence")
+    return AdaptiveAnswer(*(np.concatenate([getattr(part, name) for part in parts])[order] for name in names))
+
+
+def advance(
+    engine: Any, settings: ExitSettings, plan: list[Step], index: int, group: Group
+) -> tuple[list[AdaptiveAnswer], Group | None]:
+    """Run one stage and its head for a group; return the answers of those that leave, and those that go on."""
+    step = plan[index]
+    state, logits = engine.run(index, group.state, step.runs)
+    if not step.runs:
+        return [], Group(group.rows, state, group.seen, group.exits)
+    earlier = settings.needs_history
+    seen, exits = ([*group.seen, logits], [*group.exits, index]) if earlier else ([logits], [index])
+    gone = []
+    stay = Group(group.rows, state, seen, exits)
+    if step.limit is not None:
+        score = settings.score(seen, exits)
+        leaves = score > step.limit
+        if leaves.any():
+            out = leaves.nonzero()[0]
+            confidence = score[out]
+            if settings.criterion != "confidence":
+                confidence = confidence_of(settings.scaled(logits[out], index))
+            gone.append(AdaptiveAnswer(logits[out], np.full(len(out), index), confidence, group.rows[out]))
+            on = (~leaves).nonzero()[0]
+            if len(on) == 0:
+                return gone, None
+            stay = select(stay, on)
+    if index < len(plan) - 1:
+        return gone, stay
+    return [*gone, answer_with_fallback(settings, stay, engine.num_exits)], None
+
+
+def answer_with_fallback(settings: ExitSettings, group: Group, num_exits: int) -> AdaptiveAnswer:
+    """Answer those that would go on with the fallback."""
+    logits, exit_index, confidence = fall_back(settings, group.seen, group.exits, num_exits)
+    check_finite(confidence)
+    return AdaptiveAnswer(logits, exit_index, confidence, group.rows)
+
+
+def select(group: Group, rows: Any) -> Group:
+    """Return some samples of a group, by their positions in it."""
+    count = len(group.rows)
+    state = [value[rows] if len(value) == count else _windows(value, rows, count) for value in group.state]
+    return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
+
+
+def _windows(value: np.ndarray, rows: Any, count: int) -> np.ndarray:
+    """Several rows for each image, one image after the other."""
+    per_image = value.reshape(count, -1, *value.shape[1:])[rows]
+    return per_image.reshape(-1, *value.shape[1:])
+
+
+def check_finite(confidence: np.ndarray) -> None:
+    """Raise a `ValueError` if a confidence is NaN: some logits are not finite."""
+    if not np.isfinite(confidence.sum()):
+        raise ValueError("The network gives logits that are not finite, though the images are. Check its weights.")
+
+
+__all__ = ["Group", "advance", "answer_with_fallback", "check_finite", "run_batch", "select"]

@@ -1,0 +1,96 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Write an exported network elsewhere or to the Hub, with the exit configuration that it has now."""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .loading import EXIT_CONFIG_NAME
+from .manifest import ONNX_FOLDER, Manifest
+from .numpy_rule import RULE, ExitSettings, plan_steps
+
+
+def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path) -> None:
+    """
+    Write an export with an exit configuration to a folder, which may be its own. Earlier files of the same names are
+    replaced once everything is written.
+
+    Args:
+        folder (`Path`): The export.
+        manifest ([`Manifest`]): Of the export.
+        exit_config: What `exit_config.json` gets, and `adaptive.onnx` if it holds another rule.
+        target (`Path`): Where to.
+
+    Raises:
+        `ValueError`: if `target` is a file.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; expected a folder to save to. Name another one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        shutil.copytree(folder, new)
+        (new / EXIT_CONFIG_NAME).unlink(missing_ok=True)
+        if exit_config.thresholds is not None or exit_config.rule != ExitSettings().rule:
+            exit_config.save_pretrained(new)
+        settings = ExitSettings.of(exit_config)
+        if settings.thresholds is not None and not manifest.holds(settings, plan_steps(settings, manifest.num_exits)):
+            _nest_again(settings, manifest, new / ONNX_FOLDER)
+        target.mkdir(exist_ok=True)
+        old.mkdir()
+        for name in {EXIT_CONFIG_NAME, *(entry.name for entry in new.iterdir())}:
+            if (target / name).exists():
+                (target / name).rename(old / name)
+            if (new / name).exists():
+                (new / name).rename(target / name)
+
+
+def _nest_again(settings: ExitSettings, manifest: Manifest, folder: Path) -> None:
+    """Make `adaptive.onnx` for another rule, or remove it where the package onnx is not installed."""
+    manifest = replace(manifest, adaptive=None)
+    (folder / "adaptive.onnx").unlink(missing_ok=True)
+    if find_spec("onnx") is not None:
+        import onnx
+
+        from .graphs import nest
+
+        plan = plan_steps(settings, manifest.num_exits)
+        rule = {name: getattr(settings, name) for name in RULE if name != "thresholds"}
+        manifest.adaptive = {**rule, "heads": [step.runs for step in plan]}
+        names = [f"stage_{i}.onnx" if step.runs else f"stage_{i}_without_head.onnx" for i, step in enumerate(plan)]
+        stages = [onnx.load(folder / name, load_external_data=False) for name in names]
+        states = [[value["name"] for value in values] for values in manifest.states]
+        onnx.save(nest(stages, states, manifest.adaptive), folder / "adaptive.onnx")
+    manifest.save(folder)
+
+
+def upload_export(folder: Path, repo_id: str, **kwargs: Any) -> Any:
+    """
+    Upload an export in one commit, which removes graphs of an earlier one.
+
+    Args:
+        folder (`Path`): The export.
+        repo_id (`str`): The repository. It is created when there is none.
+        kwargs: `private`, `token`, `revision` (a branch, created when there is none), `subfolder`, and what
+            [`~huggingface_hub.HfApi.upload_folder`] takes, such as `commit_message` or `create_pr`.
+    """
+    from huggingface_hub import HfApi
+
+    api, private = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branch = kwargs.get("revision")
+    if branch is not None and not branch.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=kwargs.pop("subfolder", None),
+        delete_patterns=f"{ONNX_FOLDER}/*",
+        **{"commit_message": "Upload ONNX model", **kwargs},
+    )
+
+
+__all__ = ["save_export", "upload_export"]
