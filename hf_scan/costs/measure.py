@@ -105,7 +105,7 @@ def measure_costs(
     Measures what each stage and each head costs on this machine, at the given batch size and at the powers of two
     below it, since a batch shrinks as images leave. The parts are timed on their way through the network, one after
     another as they really run, because each finds the caches as the part before left them; a head with the decision
-    that its answer is for; the plain backbone in turns with them.
+    that its answer is for; the plain backbone in turns with them, compiled where the stages are.
 
     Args:
         model ([`ScanForImageClassification`]): In evaluation mode, in the memory format that it is used in.
@@ -147,16 +147,17 @@ def measure_costs(
     sizes = sorted({batch_size, *(2**power for power in range(batch_size.bit_length()))})
     times: dict[int, list[list[float]]] = {size: [] for size in sizes}  # each part's and the backbone's, in seconds
     batches = {size: _example(model, size, torch.rand) for size in sizes}
+    plain = _plain(model)
 
     with benchmark.set_torch_threads(threads or torch.get_num_threads()), torch.inference_mode():
         repeats = {}
         for size, images in batches.items():
-            _time_parts(model, images)  # warms up
-            repeats[size] = math.ceil(0.05 / sum(_time_parts(model, images)))
+            _time_parts(model, images, plain)  # warms up
+            repeats[size] = math.ceil(0.05 / sum(_time_parts(model, images, plain)))
         with logging.tqdm(total=rounds * len(sizes), desc="Measuring the exits' costs", leave=False) as bar:
             for _ in range(rounds):
                 for size, images in batches.items():
-                    times[size] += [_time_parts(model, images) for _ in range(repeats[size])]
+                    times[size] += [_time_parts(model, images, plain) for _ in range(repeats[size])]
                     bar.update()
         machine = describe_machine(device)
         threads = torch.get_num_threads()
@@ -182,7 +183,9 @@ def measure_costs(
     )
 
 
-def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> list[float]:
+def _time_parts(
+    model: "ScanForImageClassification", images: torch.Tensor, plain: Callable[[torch.Tensor], object]
+) -> list[float]:
     """Seconds of each stage and its head, in their order, and of the plain network."""
     if hasattr(model, "time_parts"):  # an exported network runs a stage and its head in one
         return model.time_parts(images)
@@ -196,13 +199,22 @@ def _time_parts(model: "ScanForImageClassification", images: torch.Tensor) -> li
         int((confidence > 0.5).sum())  # what it takes to decide who leaves
         seconds += [middle - start, timer() - middle]
     start = timer()
-    _plain(model)(images)
+    plain(images)
     return [*seconds, timer() - start]
 
 
 def _plain(model: "ScanForImageClassification") -> Callable[[torch.Tensor], object]:
-    """The network without early exits. Of a truncated one, nothing else is left than itself."""
-    return model if model.config.truncated else model.backbone
+    """
+    Return the network without early exits, compiled like the stages where these are. Of a truncated one, nothing else
+    is left than itself.
+    """
+    if model.config.truncated:
+        return model
+    compiled = getattr(model, "compiled", None)  # an exported network has none
+    if compiled is None:
+        return model.backbone
+    plain: Callable[[torch.Tensor], object] = torch.compile(model.backbone, **compiled.options)
+    return plain
 
 
 def realised_speedup(
@@ -221,7 +233,8 @@ def realised_speedup(
         images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
             format; each round runs all of them.
         batch_size (`int`, *optional*, defaults to 1): Images at a time.
-        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`.
+        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`, which is
+            compiled with the same arguments where the model's stages are.
         refilled (`bool`, *optional*, defaults to `False`): Whether to measure `predict_adaptive_stream` rather than
             `predict_adaptive`.
         rounds (`int`, *optional*, defaults to 7): Times that each is measured.
@@ -230,7 +243,7 @@ def realised_speedup(
         [`RealisedSpeedup`]
     """
     batches = images.split(batch_size)
-    network = plain or _plain(model)
+    network = _plain(model) if plain is None else plain  # a compiled module has no truth value
 
     def answers() -> list[AdaptiveOutput]:
         if refilled:

@@ -30,6 +30,7 @@ class CompiledStages:
     def __init__(
         self, stages: Sequence[Stage], heads: Iterable[nn.Module], deepest_head: Call | None, **kwargs: Any
     ) -> None:
+        self.options = kwargs
         self.stages: list[Call] = [torch.compile(stage.forward, **kwargs) for stage in stages]
         self.heads: list[Call] = [_compiled_head(head, **kwargs) for head in heads]
         self.deepest_head = None if deepest_head is None else torch.compile(deepest_head, **kwargs)

@@ -228,6 +228,52 @@ def test_realised_speedup_is_of_what_it_says(images, monkeypatch, refilled):
     assert measured.shares == pytest.approx((torch.bincount(answers, minlength=4) / 24).tolist())
 
 
+def whole_networks(monkeypatch, model) -> list[int]:
+    """Compile the stages, and note how often a compiled form of the whole backbone runs."""
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.backbone.modules())
+    runs = []
+
+    def backend(graph, example_inputs):
+        counted = sum(node.op == "call_function" and "conv2d" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*arguments):
+            if counted == convolutions:
+                runs.append(counted)
+            return graph.forward(*arguments)
+
+        return run
+
+    model.compile_stages(backend=backend)
+    return runs
+
+
+def test_compiled_stages_are_compared_with_a_compiled_network(images, monkeypatch):
+    """In what is realised, and in the costs from which speed-ups are predicted."""
+    torch.compiler.reset()
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.6, 0.7])
+    runs = whole_networks(monkeypatch, model)
+    realised_speedup(model, images[:8], batch_size=4, rounds=3)
+    assert len(runs) == 2 * (2 + 2 + 3)  # batches, and calls that warm up, tell how long one takes, and are measured
+    runs.clear()
+    measure_costs(model, rounds=1)
+    assert len(runs) > 1
+    runs.clear()
+    realised_speedup(model, images[:8], batch_size=4, rounds=3, plain=model.backbone)
+    assert not runs
+    torch.compiler.reset()
+
+
+def test_the_plain_network_may_be_any_compiled_module(images):
+    """Which has a length where the module has one, and so no truth value."""
+    torch.compiler.reset()
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.6, 0.7])
+    plain = torch.compile(model.backbone, backend="eager")
+    assert realised_speedup(model, images, batch_size=8, rounds=1, plain=plain).plain > 0
+    torch.compiler.reset()
+
+
 def test_shares_say_where_images_leave_and_not_who_answers(images):
     """Nothing leaves, and the most confident exit, often an early one, answers at the end."""
     model = random_scan_model()
