@@ -225,6 +225,8 @@ def head_widths(
         return found
     if not isinstance(given, list):
         return [given or NARROWEST_HEAD] * len(channels)
+    if len(set(given)) == 1:  # a checkpoint's, which may be loaded with other exit points
+        return given[:1] * len(channels)
     if len(given) != len(channels):
         raise ValueError(
             f"`head_width` is {given}, {len(given)} numbers; the network has {len(channels)} early exits. Give one "
