@@ -1,2 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What travels with a checkpoint: torch, timm, transformers, and siblings in this folder; nothing else."""
+"""The network and its engines: all modules that a checkpoint with code carries.
+
+A module here imports torch, timm, transformers, what these bring, and siblings in this folder; nothing else.
+"""

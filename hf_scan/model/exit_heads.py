@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What stands at an exit point: an attention module and a shallow classifier, in the paper's form or a cheap one."""
+"""Exit heads: an attention module and a shallow classifier, in the paper's form or in cheaper ones."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ from torch import nn
 def conv_norm(
     in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0
 ) -> list[nn.Module]:
-    """A convolution without bias and its batch norm."""
+    """Return a convolution without bias and its batch norm."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
 def separable_conv_norm(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    """A depthwise 3x3 and a pointwise convolution with one batch norm behind them."""
+    """Return a depthwise 3x3 and a pointwise convolution, followed by one batch norm."""
     depthwise = nn.Conv2d(in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False)
     return [depthwise, *conv_norm(in_channels, out_channels)]
 
 
 class MapMean(nn.Module):
-    """`AdaptiveAvgPool2d(1)` in one kernel: a third of its time at batch size 1."""
+    """The mean of a map, as `AdaptiveAvgPool2d(1)`, in one kernel: a third of its time at batch size 1."""
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         return nn.functional.avg_pool2d(feature, feature.shape[-2:])
@@ -57,7 +57,7 @@ class ConvAttention(nn.Module):
 
     @staticmethod
     def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """The mask as large as the feature: on a map of odd size it comes out one pixel larger."""
+        """Return the mask at the feature's height and width. On a map of odd size it is computed one pixel larger."""
         height, width = feature.shape[-2:]
         return mask[..., :height, :width]
 
@@ -83,7 +83,7 @@ class SeparableAttention(nn.Module):
 
     @staticmethod
     def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """The mask as large as the feature. The sigmoid comes first, while there is a quarter of the numbers."""
+        """Return the mask at the feature's height and width. The sigmoid runs first, on a quarter of the values."""
         return nn.functional.interpolate(mask.sigmoid(), size=feature.shape[-2:], mode="bilinear")
 
 
@@ -131,7 +131,7 @@ class ConvClassifier(nn.Module):
         self.fc = nn.Linear(feature_size, num_labels)
 
     def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the pooled feature `(batch_size, feature_size)` and the logits `(batch_size, num_labels)`."""
+        """Return the pooled feature `(batch_size, feature_size)` and the logits `(batch_size, num_labels)`."""
         pooled = self.features(feature)
         return pooled, self.fc(pooled)
 
@@ -163,7 +163,7 @@ class SeparableClassifier(nn.Module):
         self.fc = nn.Linear(feature_size, num_labels)
 
     def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the pooled feature `(batch_size, feature_size)` and the logits `(batch_size, num_labels)`."""
+        """Return the pooled feature `(batch_size, feature_size)` and the logits `(batch_size, num_labels)`."""
         pooled = self.features(feature)
         return pooled, self.fc(pooled)
 
@@ -236,7 +236,7 @@ def head_widths(
 
 
 def _chain_macs(channels: int, stride: int, width: int, feature_size: int) -> float:
-    """MACs of a `"chain"` head with attention, for one pixel of the deepest map."""
+    """Return the MACs of a `"chain"` head with attention, for one pixel of the deepest map."""
     finer = stride // _patch_size(stride, "chain")  # than the deepest map, behind the squeeze
     pixels = finer**2
     macs = channels * stride**2 + pixels * channels * width + 2 * pixels / 4 * width * (width + 9)
@@ -251,13 +251,14 @@ def _chain_macs(channels: int, stride: int, width: int, feature_size: int) -> fl
 
 
 def _patch_size(stride: int, classifier_type: str) -> int:
-    """Height and width of the squares that a head takes a fine map in by."""
+    """Return the height and width of the patches by which a head reduces a fine map first."""
     return max(min(stride, 2), stride // (4 if classifier_type == "chain" else 2))
 
 
 class ExitHead(nn.Module):
     """
-    One early exit. It only reads the stage's feature: the next stage gets it as it was.
+    The head of one early exit: attention and shallow classifier. It only reads the stage's feature, which the next
+    stage gets unchanged.
 
     Args:
         channels (`int`): Channels of the stage's feature.
@@ -281,8 +282,8 @@ class ExitHead(nn.Module):
         own_size = feature_size
         self.squeeze = nn.Sequential()
         if classifier_type != "conv":
-            # A head is dear where maps are fine or wide, so all of it works at one width and on a map at most twice
-            # (a chain: four times) as fine as the deepest one. The paper's classifier, too, takes a fine map in by one
+            # A head is expensive on fine or wide maps, so all of it works at one width and on a map at most twice (a
+            # chain: four times) as fine as the deepest one. The paper's classifier, too, reduces a fine map by one
             # large stride.
             own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
             patch = _patch_size(stride, classifier_type)
@@ -296,6 +297,8 @@ class ExitHead(nn.Module):
 
     def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
+        Return the exit's feature, its logits and its attention mask.
+
         Args:
             feature (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The stage's feature.
 

@@ -14,10 +14,10 @@ from .exit_heads import ExitHead
 
 class FoldedHead:
     """
-    A head for inference, as the bare calls that it comes down to. For one image, to call a module, or a convolution of
-    any size, takes as long as the arithmetic in it: so convolutions do the work of the batch norms behind them, there
-    are no modules around them, and for one image a depthwise and a pointwise convolution are one dense one, of more
-    multiplications. `benchmarks/head_cost.py --forms` measures what that is worth.
+    An exit head for inference, as a list of function calls. For one image, the overhead of calling a module or a
+    convolution is as large as its arithmetic. So batch norms are folded into the convolutions before them, no modules
+    are called, and for one image a depthwise and a pointwise convolution are merged into one dense convolution, which
+    has more multiplications and fewer calls. `benchmarks/head_cost.py --forms` measures the effect.
 
     Args:
         head ([`ExitHead`]): In evaluation mode. When its weights change, a new one has to be made.
@@ -32,7 +32,7 @@ class FoldedHead:
         self.single = [self.batch[0], _calls(_dense(mask)), _calls(_dense(features)), self.batch[3]]
 
     def __call__(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """As [`ExitHead`]'s, with the same answer, to floating-point tolerance."""
+        """Return the same as [`ExitHead`], to floating-point tolerance."""
         squeeze, attention, features, last = self.single if len(feature) == 1 else self.batch
         feature = _run(squeeze, feature)
         mask = None if self.fit is None else self.fit(_run(attention, feature), feature)
@@ -66,7 +66,7 @@ def _call(layer: nn.Module) -> Call:
 
 
 def _without_norms(chain: nn.Sequential) -> list[nn.Module]:
-    """Each batch norm folded into the convolution before it."""
+    """Return the layers with each batch norm folded into the convolution before it."""
     layers: list[nn.Module] = []
     for layer in chain:
         if isinstance(layer, nn.BatchNorm2d):
@@ -82,7 +82,7 @@ MAX_DENSE_WEIGHTS = 2**17
 
 
 def _dense(layers: list[nn.Module]) -> list[nn.Module]:
-    """Each depthwise convolution and the pointwise one behind it as one dense convolution."""
+    """Return the layers with each depthwise convolution and the pointwise one behind it as one dense convolution."""
     found: list[nn.Module] = []
     for layer in layers:
         depthwise = found[-1] if found else None

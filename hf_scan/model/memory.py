@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 def within_memory(run: Callable[[int], Result], batch_size: int) -> Result:
     """
-    Runs something for a batch. If memory does not suffice, finds out by halving for how many samples it does, and says
-    so.
+    Run something for a batch. If memory does not suffice, find the largest number of samples that fits, by halving,
+    and raise an error that names it.
 
     Args:
         run (`Callable[[int], Result]`): Runs it for the first samples of the batch, as many as it is given.

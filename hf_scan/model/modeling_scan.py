@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class ScanImageClassifierOutput(ModelOutput):
     """
-    What a [`ScanForImageClassification`] returns.
+    Output of [`ScanForImageClassification`].
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
@@ -151,7 +151,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         self.stages = self.truncate_in_place(cut_into_stages(whole, self.config.exit_points))
 
     def _weights_used(self, stages: list[Stage]) -> float:
-        """How often a weight is used for one pixel of the deepest map, which is what convolutions multiply."""
+        """Return the number of multiplications by weights for one pixel of the deepest map, in convolutions."""
         names = dict(self.backbone.named_parameters())
         total = 0.0
         for stage in stages:
@@ -172,8 +172,9 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def truncate(self, exit: int) -> "ScanForImageClassification":
         """
-        The paper's compression: a small static network that answers as one of the early exits does, to the bit. It
-        holds the stages up to there and that exit's head, and is saved, pushed and loaded like any other.
+        Return a small static network that answers as one of the early exits does, to the bit (the paper's model
+        compression). It holds the stages up to there and that exit's head, and is saved, pushed and loaded like any
+        other.
 
         Args:
             exit (`int`): Which early exit, from 0.
@@ -215,7 +216,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     @property
     def num_exits(self) -> int:
-        """Number of exits, the backbone's own classifier included."""
+        """Return the number of exits, the backbone's own classifier included."""
         return len(self.stages)
 
     @torch.no_grad()
@@ -235,11 +236,11 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         """
-        From now on, only the early exits are trained: the backbone gets no gradient, and it stays in evaluation mode
-        when the model is put into training mode, so that its batch norm statistics and its answers stay as they are.
+        Train only the early exits from now on. The backbone gets no gradient, and it stays in evaluation mode when the
+        model is put into training mode, so that its batch norm statistics and its answers do not change.
 
         Args:
-            frozen (`bool`, *optional*, defaults to `True`): `False` lets it be trained again.
+            frozen (`bool`, *optional*, defaults to `True`): `False` trains it again.
         """
         self.backbone.requires_grad_(not frozen)
         self.backbone_frozen = frozen
@@ -284,7 +285,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def extract_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
-        Runs the backbone only.
+        Run the backbone only, and return its features.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
@@ -306,7 +307,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def compile_stages(self, **kwargs: Any) -> None:
         """
-        Compiles each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
+        Compile each stage and each head by itself with `torch.compile`, for adaptive inference, whose batches shrink:
         the first batch size is compiled as it is, others for the few ranges of sizes that PyTorch divides them into,
         each when it first occurs. (`torch.compile(model)` compiles the whole network with every exit, for training.)
 
@@ -362,7 +363,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         return_dict: bool | None = None,
     ) -> ScanImageClassifierOutput | tuple[Any, ...]:
         """
-        Runs every stage and every exit.
+        Run every stage and every exit.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
@@ -425,7 +426,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def check_pixel_values(self, pixel_values: torch.Tensor, values: bool = False) -> None:
         """
-        Raises a `ValueError` unless `pixel_values` is a batch of images that the network takes.
+        Raise a `ValueError` unless `pixel_values` is a batch of images that the network takes.
 
         Args:
             pixel_values (`torch.Tensor`): What to check.
@@ -457,7 +458,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
 
     def check_labels(self, labels: torch.Tensor) -> None:
-        """Raises a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""
+        """Raise a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""
         if labels.ndim != 1 or labels.dtype != torch.long:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size,) class "
@@ -470,7 +471,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and buffers, with their names and types. Equal networks have the same."""
+        """Return the SHA-256 of the weights and buffers with their names and types. Equal networks have the same."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -1,9 +1,9 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""A timm model cut into stages that run one after another, its modules and their names untouched.
+"""Cut a timm model into stages that run one after another; its modules and their names stay as they are.
 
 PyTorch's symbolic tracer writes the model's `forward_features` down without running it: the modules that it calls, and
 what it does between them. Only modules that have an exit point inside are looked into; all others stay the calls that
-they are. A stage is a part of that list, made a function of the backbone, and hands on what later parts still need.
+they are. A stage is a part of that list, made a function of the backbone, and passes on what later parts need.
 """
 
 import inspect
@@ -65,7 +65,7 @@ class StageState:
 @dataclass(frozen=True)
 class Stage:
     """
-    What a backbone does between two exit points.
+    A part of a backbone's forward pass, between two exit points.
 
     Args:
         name (`str`): The tap where it ends; after the last stage comes the backbone's own head.
@@ -127,7 +127,7 @@ class Stage:
 
 def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -> list[Stage]:
     """
-    Cuts a timm model after each exit point. The last stage ends where the model's own head begins.
+    Cut a timm model after each exit point. The last stage ends where the model's own head begins.
 
     Args:
         backbone (`torch.nn.Module`): A model of timm, on any device, the meta device included.
@@ -191,7 +191,7 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
 
 def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
     """
-    Removes from a backbone what is none of some parts, nor within one.
+    Remove all modules, parameters and buffers of a backbone but some parts and what is in them.
 
     Args:
         backbone (`torch.nn.Module`): Changed in place.
@@ -210,9 +210,9 @@ def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
 
 def default_exit_points(backbone: Any) -> list[dict[str, Any]]:
     """
-    The taps where exits are by default: all but the last, without those whose map is more than 8 times finer than the
-    last one's (on a network that reduces by 32: those shallower than reduction 4). Where all maps are of one size, as
-    in a vision transformer, with a tap after every block: at a quarter, half and three quarters of the depth.
+    Return the taps where exits are by default: all but the last, without those whose map is more than 8 times finer
+    than the last one's (on a network that reduces by 32: those shallower than reduction 4). Where all maps are of one
+    size, as in a vision transformer, with a tap after every block: at a quarter, half and three quarters of the depth.
     """
     taps = _taps(backbone)
     last = taps[-1]["reduction"]
@@ -249,7 +249,7 @@ def _resolve(exit_points: list[int | str], taps: list[dict[str, Any]], name: str
 
 
 class _Buffer(fx.Proxy):
-    """Stands for a buffer, whose size is known."""
+    """A proxy of a buffer, whose size is known."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, buffer: torch.Tensor) -> None:
         super().__init__(node, tracer)
@@ -276,7 +276,7 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(backbone: Any, tap_names: list[str]) -> tuple[fx.Node, list[fx.Node], Any]:
-    """What `forward_features` does: its input, its steps in order, and what it returns of them."""
+    """Return what `forward_features` does: its input, its steps in order, and what it returns of them."""
     name = type(backbone).__name__
     _, _, *further = inspect.signature(type(backbone).forward_features).parameters.values()
     attributes = set(vars(backbone))
@@ -311,7 +311,7 @@ def _trace(backbone: Any, tap_names: list[str]) -> tuple[fx.Node, list[fx.Node],
 
 
 def _end(nodes: list[fx.Node], tap_name: str, name: str) -> int:
-    """The position behind the call of a module."""
+    """Return the position behind the call of a module."""
     calls = [index for index, node in enumerate(nodes) if node.op == "call_module" and node.target == tap_name]
     if len(calls) != 1:
         raise ValueError(
@@ -323,8 +323,8 @@ def _end(nodes: list[fx.Node], tap_name: str, name: str) -> int:
 
 def _kinds(image: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, str]:
     """
-    What each step's value is: one of the model's own parameters (`"weights"`), something of the `"images"` of the
-    batch, their number (`"batch size"`) or a number that depends on it (`"shape"`), or the same for every batch
+    Return the kind of each step's value: one of the model's own parameters (`"weights"`), something of the `"images"`
+    of the batch, their number (`"batch size"`) or a number that depends on it (`"shape"`), or the same for every batch
     (`"fixed"`).
     """
     kinds = {image: "images"}
@@ -353,7 +353,7 @@ def _kinds(image: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, str]:
 def _needed_after(
     before: list[fx.Node], after: list[fx.Node], result: Any, kinds: dict[fx.Node, str], name: str
 ) -> list[fx.Node]:
-    """What a stage hands on: the value at the exit point first, and all that a later step or the head reads."""
+    """Return what a stage passes on: the value at the exit point first, and all that later steps or the head read."""
     *before, feature = before
     readers = set(after)
     final: set[fx.Node] = set()
@@ -371,7 +371,7 @@ def _needed_after(
 def _function(
     received: list[fx.Node], steps: list[fx.Node], results: list[Any], kinds: dict[fx.Node, str], name: str
 ) -> tuple[Callable[..., tuple[Any, ...]], frozenset[str]]:
-    """Some steps as a function of the backbone and the values received, and which parts of the backbone it uses."""
+    """Return some steps as a function of the backbone and the values received, and the names of the parts it uses."""
     graph = fx.Graph()
     here = {node: graph.placeholder(node.name) for node in received}
 
