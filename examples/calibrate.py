@@ -140,8 +140,11 @@ def draw(model: ScanForImageClassification, search: ExitTable, test: ExitTable, 
 def main() -> None:
     parser = HfArgumentParser((DataArguments, CalibrationArguments), description=__doc__.splitlines()[0])
     data, arguments = parser.parse_args_into_dataclasses()
-    if not data.holdout:
-        raise ValueError("`--holdout` is 0; thresholds need images that training did not see.")
+    if not data.holdout and data.search_split is None:
+        raise ValueError(
+            "`--holdout` is 0; thresholds need images that training did not see. Give the run's holdout, or name a "
+            "split with `--search_split`."
+        )
     model = ScanForImageClassification.from_pretrained(arguments.model).eval()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     folder = Path(arguments.output_dir or arguments.model)

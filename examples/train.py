@@ -32,7 +32,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.calibration import ExitTable, collect_exit_logits, exit_frontier
 from hf_scan.costs import Prices, describe_machine
 from hf_scan.data import (
@@ -50,6 +50,7 @@ from hf_scan.reporting.model_card import create_model_card
 from hf_scan.reporting.plotting import plot_frontier, plot_training
 from hf_scan.reporting.report import exit_report, exit_table, speedup_lines
 from hf_scan.training.baseline import plain_accuracy, plain_copy
+from hf_scan.training.checkpoints import CheckedTrainer, read_trained_on
 from hf_scan.training.output_dirs import check_replaceable, last_whole_checkpoint, replaced_folder
 from hf_scan.training.stage_features import StageFeatures, extract_stage_features
 
@@ -75,8 +76,16 @@ class DataArguments:
             "help": "Split for the final figures. Defaults to 'test', else 'validation', else a tenth of train."
         },
     )
+    search_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to search thresholds on, in place of a part of the train split. Needed where the backbone "
+            "was trained on that split before, or on images that are not known."
+        },
+    )
     holdout: float = field(
-        default=0.1, metadata={"help": "Share of the train split that is kept for the threshold search. 0 for none."}
+        default=0.1,
+        metadata={"help": "Share of the train split that is kept for the threshold search, or for validation."},
     )
     crop: str = field(
         default="pad", metadata={"help": "Augmentation: 'pad' for small images, 'resized' for large ones, or 'none'."}
@@ -169,25 +178,32 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {**read_recipe(path.parent / included), **recipe} if included else recipe
 
 
+def _check_split_names(dataset: str, named: dict[str, str], found: list[str]) -> None:
+    for name, split in named.items():
+        if split not in found:
+            raise ValueError(f"{dataset} has no split {split!r}; it has {found}. Set `--{name}_split`.")
+        for other, same in named.items():
+            if other != name and split == same:
+                raise ValueError(
+                    f"`--{name}_split` and `--{other}_split` are both {split!r}; expected splits that share no images."
+                )
+
+
 def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
     """The splits to train, search and test on, and one to watch training by if it is watched. They are disjoint."""
     loaded = load_dataset(data.dataset_name, data.dataset_config_name)
     test_split = data.test_split or next((name for name in ("test", "validation") if name in loaded), None)
-    for flag, split in (("train_split", data.train_split), ("test_split", test_split)):
-        if split is not None and split not in loaded:
-            raise ValueError(f"{data.dataset_name} has no split {split!r}; it has {list(loaded)}. Set `--{flag}`.")
-    if data.train_split == test_split:
-        raise ValueError(f"`--train_split` and `--test_split` are both {test_split!r}; expected two splits.")
-    chosen = {"train": loaded[data.train_split]}
-    if test_split is not None:
-        chosen["test"] = loaded[test_split]
+    asked = {"train": data.train_split, "test": test_split, "search": data.search_split}
+    named = {name: split for name, split in asked.items() if split is not None}
+    _check_split_names(data.dataset_name, named, list(loaded))
+    chosen = {name: loaded[split] for name, split in named.items()}
     splits = prepare_columns(DatasetDict(chosen), data.image_column, data.label_column)
     if test_split is None:
         splits["train"], splits["test"] = split_off(splits["train"], 0.1, seed)
-    if data.holdout:
+    if data.holdout and data.search_split is None:
         splits["train"], splits["search"] = split_off(splits["train"], data.holdout, seed)
-        if validate:
-            splits["train"], splits["validation"] = split_off(splits["train"], data.holdout, seed)
+    if data.holdout and validate:
+        splits["train"], splits["validation"] = split_off(splits["train"], data.holdout, seed)
     for split, most in (("train", data.max_train_samples), ("test", data.max_test_samples)):
         if most is not None:
             splits[split] = splits[split].select(range(min(most, len(splits[split]))))
@@ -239,7 +255,10 @@ def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClass
             network.backbone, pretrained=True, num_labels=len(names), **settings
         )
     plain = TimmWrapperForImageClassification.from_pretrained(network.backbone_weights)
-    return ScanForImageClassification.from_timm(plain.timm_model, num_labels=len(names), **settings)
+    trained_on = read_trained_on(network.backbone_weights)
+    return ScanForImageClassification.from_timm(
+        plain.timm_model, num_labels=len(names), trained_on=trained_on, **settings
+    )
 
 
 def flips(data: DataArguments) -> bool:
@@ -299,7 +318,10 @@ def main() -> None:
     if network.plain:
         plain = plain_copy(model).to(memory_format=torch.channels_last)
         callbacks = [EpochCallback(images["train"])]
-        trainer: Trainer = Trainer(plain, compute_metrics=plain_accuracy, callbacks=callbacks, **settings)
+        trainer: CheckedTrainer = CheckedTrainer(
+            plain, compute_metrics=plain_accuracy, callbacks=callbacks, **settings
+        )
+        trainer.trained_on = model.exit_config.trained_on
     else:
         trainer = ScanTrainer(model.to(memory_format=torch.channels_last), **settings)
     if network.batch_norm_momentum is not None:
@@ -352,6 +374,8 @@ def main() -> None:
         print("\n".join([exit_table(report), *speedup_lines(report)]))
     with replaced_folder(args.output_dir, KEPT) as folder:
         trainer.model.save_pretrained(folder)
+        if network.plain:  # whose weights may get exits later, and keep their provenance
+            ExitConfig(trained_on=trainer.trained_on).save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
         if isinstance(trainer, ScanTrainer):

@@ -250,7 +250,10 @@ def test_accelerate_launch(dataset_folder, tmp_path):
         ({"freeze_backbone": True}, "`--freeze_backbone` is for a trained backbone; name its weights"),
         ({"plain": True, "freeze_backbone": True}, "which mixes no images and freezes nothing"),
         ({"test_split": "validation"}, "has no split 'validation'; it has ['train', 'test']. Set `--test_split`."),
-        ({"test_split": "train"}, "`--train_split` and `--test_split` are both 'train'; expected two splits"),
+        (
+            {"test_split": "train"},
+            "`--train_split` and `--test_split` are both 'train'; expected splits that",
+        ),
         ({"backbone": "resnet_of_dreams"}, "`backbone` is 'resnet_of_dreams', which timm"),
         ({"exit_points": "layer9"}, "`exit_points` holds 'layer9', which does not exist."),
         ({"holdout": "1.5"}, "The share of images to split off is 1.5; expected a number between 0 and 1."),

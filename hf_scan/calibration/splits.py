@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import binom
+from transformers.utils import logging
 
 from ..data.digests import shared_with
 from ..model.exit_config import ExitConfig
+from ..model.provenance import known_parts, unknown_parts
 from .exit_table import ExitTable
 
 
 if TYPE_CHECKING:
     from ..model.modeling_scan import ScanForImageClassification
 
+
+logger = logging.get_logger(__name__)
 
 # With fewer, one sample is ten points of accuracy and more.
 LEAST_SAMPLES = 10
@@ -91,6 +95,12 @@ def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]
                     f"The {other.split!r} and {table.split!r} splits share {shared} images; thresholds have to be "
                     "certified on images that did not choose them."
                 )
+    if unknown := unknown_parts(model.exit_config.trained_on):
+        logger.warning(
+            f"The network was trained on images that cannot be known ({', '.join(unknown)}). If images of the "
+            f"{tables[0].split!r} split are among them, accuracy there is overestimated and no guarantee holds. Use "
+            "images that those who trained it cannot have had (`--search_split` of the examples names a split)."
+        )
 
 
 def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
@@ -103,7 +113,12 @@ def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
     Raises:
         `ValueError`: if the split holds more of them than by chance.
     """
-    shared, at_most = shared_with(table.samples, digests or "")
+    for part in known_parts(digests):
+        _check_not_among_part(table, part, what)
+
+
+def _check_not_among_part(table: ExitTable, digests: str, what: str) -> None:
+    shared, at_most = shared_with(table.samples, digests)
     if binom.sf(shared - 1, len(table), min(1.0, SHARED_BY_CHANCE * at_most / len(table))) < UNLIKELY:
         raise ValueError(
             f"{what} on the {table.split!r} split, or a part of it: {shared} images that are remembered are there, of "

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Image
+from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     default_data_collator,
 )
@@ -20,8 +21,9 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
     Tells which images a dataset holds, so that two datasets can be seen to share some.
 
     An image of a `datasets.Dataset` is known by its bytes as they are stored, whatever the transform and the other
-    columns; a row without an image, by all that it holds. So is one of the classes here, which know their dataset. One
-    of a list is known by its `pixel_values` and label.
+    columns; a row without an image, by all that it holds. So is one of the classes here, which know their dataset, and
+    one of PyTorch's `Subset` and `ConcatDataset`. One of a list is known by its `pixel_values` and label. Stored
+    features are known by the images that they were computed from.
 
     Args:
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): The images.
@@ -33,6 +35,18 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
     """
     while isinstance(dataset, (SeededImages, ImagesInMemory, DecodedRows)):
         dataset = dataset.rows
+    chosen = None if rows is None else np.asarray(rows, dtype=int)
+    if isinstance(dataset, Subset):
+        indices = np.asarray(dataset.indices, dtype=int)
+        return sample_digests(dataset.dataset, (indices if chosen is None else indices[chosen]).tolist())
+    if isinstance(dataset, ConcatDataset):
+        parts = [sample_digests(part) for part in dataset.datasets]
+        if any(part is None for part in parts):
+            return None
+        joined = np.concatenate([part for part in parts if part is not None])
+        return joined if chosen is None else joined[chosen]
+    if isinstance(samples := getattr(dataset, "samples", None), np.ndarray) and samples.dtype == np.uint64:
+        return samples if chosen is None else samples[chosen]
     if isinstance(dataset, Dataset):
         images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
         stored = (dataset.select_columns(images) if images else dataset).with_format("arrow")

@@ -22,6 +22,7 @@ from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
 from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
+from .provenance import join_trained_on
 from .stages import Stage, StageState, cut_into_stages, keep_parts
 from .timm_conversion import TimmConversionMixin
 
@@ -213,6 +214,23 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         return small
+
+    @property
+    def exit_config(self) -> ExitConfig:
+        """
+        The rule by which the network exits. Whatever is assigned, its `trained_on` keeps the images that these weights
+        are known to have been trained on: they belong to the weights, not to the rule.
+        """
+        return self._exit_config
+
+    @exit_config.setter
+    def exit_config(self, exit_config: ExitConfig) -> None:
+        before = vars(self).get("_exit_config")
+        if before is not None and isinstance(exit_config, ExitConfig):
+            trained_on = join_trained_on(before.trained_on, exit_config.trained_on)
+            if trained_on != exit_config.trained_on:
+                exit_config = exit_config.replace(trained_on=trained_on)
+        self._exit_config = exit_config
 
     @property
     def num_exits(self) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .backbone import create_timm_model, size_argument, timm_preprocessing
 from .configuration_scan import ScanConfig
+from .provenance import unknown_images
 
 
 class TimmConversionMixin(PreTrainedModel):
@@ -24,6 +25,7 @@ class TimmConversionMixin(PreTrainedModel):
         pretrained: bool = False,
         num_labels: int | None = None,
         exit_points: list[int | str] | None = None,
+        trained_on: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -38,6 +40,9 @@ class TimmConversionMixin(PreTrainedModel):
             num_labels (`int`, *optional*): Labels. Defaults to the model's own. With another number, its classifier
                 starts anew.
             exit_points (`list[int | str]`, *optional*): As in [`ScanConfig`].
+            trained_on (`str`, *optional*): The images that the weights were trained on, as
+                [`~hf_scan.data.some_digests`] of the split. Unless they are given, `exit_config.trained_on` says that
+                those of a trained backbone cannot be known.
             kwargs: Further arguments of [`ScanConfig`]. A model that was not made with timm's defaults needs those
                 that it was made with: `backbone_kwargs`, `num_channels`, `image_size`.
 
@@ -116,6 +121,9 @@ class TimmConversionMixin(PreTrainedModel):
                 f"{config.num_channels} channels and images of {config.image_size} pixels: {error}. Give the "
                 "`backbone_kwargs`, `num_channels` and `image_size` that it was made with."
             ) from error
+        if trained_on is not None or pretrained or not isinstance(model, str):
+            trained_on = trained_on or unknown_images(f"weights of {config.backbone}")
+            scan.exit_config = scan.exit_config.replace(trained_on=trained_on)
         return scan
 
 

@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
+from ..data.digests import sample_digests
+from ..model.evaluation_mode import evaluating
+
 
 if TYPE_CHECKING:
     from ..model.modeling_scan import ScanForImageClassification
@@ -49,6 +52,9 @@ class StageFeatures(Dataset[dict[str, Any]]):
         self.folder = Path(folder)
         self.stages = [np.load(file, mmap_mode="r") for file in files]
         self.labels = np.load(labels)
+        samples = Path(folder, "samples.npy")
+        # Which images these are features of, where that is known.
+        self.samples = np.load(samples) if samples.is_file() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder,)  # else a worker would get all features as a copy
@@ -93,35 +99,41 @@ def extract_stage_features(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another folder for the features, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    was_training = model.training
-    model.eval()
-    arrays: list[np.memmap] = []
     try:
-        labels: list[np.ndarray] = []
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator, num_workers=num_workers)
-        for batch in tqdm(loader, desc="features of the frozen stages", leave=False):
-            features = model.extract_features(batch["pixel_values"].to(model.device, model.dtype))
-            if not arrays:
-                _check_space(folder, features, len(dataset))
-                arrays = [
-                    np.lib.format.open_memmap(
-                        folder / f"stage_{index:02}.npy", "w+", np.float32, (len(dataset), *feature.shape[1:])
-                    )
-                    for index, feature in enumerate(features)
-                ]
-            start = batch_size * len(labels)
-            for array, feature in zip(arrays, features):
-                array[start : start + len(feature)] = feature.float().cpu().numpy()
-            labels.append(batch["labels"].numpy())
-        for array in arrays:
-            array.flush()
-        np.save(folder / "labels.npy", np.concatenate(labels))  # last: without it, the folder is no split
+        with evaluating(model):
+            _write_features(model, dataset, folder, batch_size, num_workers)
     except BaseException:
         shutil.rmtree(folder)
         raise
-    finally:
-        model.train(was_training)
     return StageFeatures(folder)
+
+
+def _write_features(
+    model: "ScanForImageClassification", dataset: Any, folder: Path, batch_size: int, num_workers: int
+) -> None:
+    arrays: list[np.memmap] = []
+    labels: list[np.ndarray] = []
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator, num_workers=num_workers)
+    for batch in tqdm(loader, desc="features of the frozen stages", leave=False):
+        features = model.extract_features(batch["pixel_values"].to(model.device, model.dtype))
+        if not arrays:
+            _check_space(folder, features, len(dataset))
+            arrays = [
+                np.lib.format.open_memmap(
+                    folder / f"stage_{index:02}.npy", "w+", np.float32, (len(dataset), *feature.shape[1:])
+                )
+                for index, feature in enumerate(features)
+            ]
+        start = batch_size * len(labels)
+        for array, feature in zip(arrays, features):
+            array[start : start + len(feature)] = feature.float().cpu().numpy()
+        labels.append(batch["labels"].numpy())
+    for array in arrays:
+        array.flush()
+    samples = sample_digests(dataset)
+    if samples is not None:
+        np.save(folder / "samples.npy", samples)
+    np.save(folder / "labels.npy", np.concatenate(labels))  # last: without it, the folder is no split
 
 
 def _check_space(folder: Path, features: tuple[torch.Tensor, ...], count: int) -> None:

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
     PreTrainedModel,
-    Trainer,
     default_data_collator,
 )
 from transformers.image_processing_utils import BaseImageProcessor
@@ -27,14 +26,15 @@ from transformers.utils import logging
 
 from ..costs.measure import count_macs, describe_machine
 from ..data.datasets import EpochCallback, SeededImages
-from ..data.digests import some_digests
 from ..metrics.scan_accuracy.scan_accuracy import ScanAccuracy
 from ..model.exit_config import EXIT_CONFIG_NAME
 from ..model.exit_rule import exit_columns
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
+from ..model.provenance import join_trained_on
 from ..reporting.model_card import create_model_card
 from ..reporting.report import exit_report
+from .checkpoints import CheckedTrainer
 from .losses import SelfDistillationLoss, weights_per_exit
 from .output_dirs import last_whole_checkpoint
 from .training_args import ScanTrainingArguments
@@ -43,7 +43,7 @@ from .training_args import ScanTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class ScanTrainer(Trainer):
+class ScanTrainer(CheckedTrainer):
     """
     Trains a [`ScanForImageClassification`] by self-distillation, under any launcher that `Trainer` knows.
 
@@ -156,12 +156,19 @@ class ScanTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_terms()
-        # Thresholds that were found for other weights do not survive training.
         if isinstance(self.model, ScanForImageClassification):
-            self.model.exit_config = self.model.exit_config.replace(
-                thresholds=None, temperatures=None, trained_on=some_digests(self.train_dataset)
-            )
+            self.trained_on = self.model.exit_config.trained_on
         return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Not in `train`, since a resume that is refused changes nothing, and `model_init` makes another model there.
+        if isinstance(self.model, ScanForImageClassification):
+            self.trained_on = join_trained_on(self.model.exit_config.trained_on, self.trained_on)
+            # Thresholds that were found for other weights do not survive training.
+            self.model.exit_config = self.model.exit_config.replace(
+                thresholds=None, temperatures=None, trained_on=self.trained_on
+            )
+        return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Each process has its own batch norm statistics after a step, and the first one's are saved. What is scored

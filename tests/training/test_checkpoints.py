@@ -1,0 +1,202 @@
+import copy
+import json
+
+import pytest
+from datasets import Dataset
+from torch.utils.data import ConcatDataset, Subset
+from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+from transformers.utils import logging
+
+from hf_scan import ExitConfig, RiskBound, ScanForImageClassification, ScanTrainer, calibrate, certify_thresholds
+from hf_scan.data import some_digests
+from hf_scan.model.provenance import known_parts, unknown_parts
+from hf_scan.training.baseline import plain_copy
+from hf_scan.training.checkpoints import CheckedTrainer
+from hf_scan.training.stage_features import extract_stage_features
+
+from ..conftest import random_scan_model
+from .test_trainer import arguments, fresh_model, rows
+
+
+def train(model, images, folder, **settings) -> ScanForImageClassification:
+    ScanTrainer(model, arguments(folder, **{"max_steps": 1, **settings}), train_dataset=images).train()
+    return model
+
+
+def refuses(model, images) -> None:
+    with pytest.raises(ValueError, match="was trained on the 'search' split, or a part of it"):
+        calibrate(model, images, max_accuracy_drop=1.0)
+
+
+FIRST, SECOND, OTHERS = rows(40), rows(40, seed=1), rows(40, seed=2)
+
+
+def test_weights_that_were_trained_twice_keep_both_splits(tmp_path):
+    """Through a save, a load, a second training, a truncation, another rule and a copy."""
+    model = train(random_scan_model(), FIRST, tmp_path)
+    model.save_pretrained(tmp_path / "first")
+    model = train(ScanForImageClassification.from_pretrained(tmp_path / "first"), SECOND, tmp_path)
+    assert known_parts(model.exit_config.trained_on) == [some_digests(FIRST), some_digests(SECOND)]
+    model.save_pretrained(tmp_path / "second")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "second")
+    loaded.exit_config = ExitConfig(thresholds=[0.5, 0.5])
+    truncated = loaded.truncate(exit=0)
+    for network in (loaded, copy.deepcopy(loaded)):
+        for images in (FIRST, SECOND):
+            refuses(network, images)
+            with pytest.raises(ValueError, match="was trained on the 'certify' split"):
+                certify_thresholds(network, images, RiskBound(50.0))
+    assert truncated.exit_config.trained_on == loaded.exit_config.trained_on
+    assert calibrate(loaded, OTHERS, max_accuracy_drop=1.0).trained_on == loaded.exit_config.trained_on
+
+
+def test_a_model_made_anew_remembers_what_it_is_trained_on(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    trainer = ScanTrainer(args=args, model_init=fresh_model, train_dataset=FIRST)
+    trainer.train()
+    assert trainer.model.exit_config.trained_on == some_digests(FIRST)
+
+
+def test_heads_that_are_trained_on_stored_features_remember_the_images(tmp_path):
+    model = random_scan_model()
+    features = extract_stage_features(model, FIRST, tmp_path / "features")
+    refuses(train(model, features, tmp_path / "run", freeze_backbone=True), FIRST)
+    assert model.exit_config.trained_on == some_digests(FIRST)
+
+
+def test_parts_and_sums_of_datasets_are_known_by_their_images(tmp_path):
+    both = ConcatDataset([Subset(FIRST, range(20)), SECOND])
+    assert some_digests(both) == some_digests([*FIRST[:20], *SECOND])
+    assert some_digests(Subset(both, [1, 30])) == some_digests([FIRST[1], SECOND[10]])
+    refuses(train(random_scan_model(), both, tmp_path), FIRST[:20])
+
+
+def test_images_that_cannot_be_known_are_said_to_be_so(tmp_path, caplog):
+    class Stream:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return FIRST[index]
+
+    model = train(random_scan_model(), FIRST, tmp_path)
+    train(model, Stream(), tmp_path)
+    assert unknown_parts(model.exit_config.trained_on) == ["8 images of a Stream"]
+    refuses(model, FIRST)  # still
+    backbone = random_scan_model().backbone
+    theirs = ScanForImageClassification.from_timm(backbone, image_size=16).eval()
+    assert unknown_parts(theirs.exit_config.trained_on) == ["weights of cifar_resnet20"]
+    known = ScanForImageClassification.from_timm(backbone, image_size=16, trained_on=some_digests(FIRST)).eval()
+    refuses(known, FIRST)
+    for network, warned in ((theirs, True), (model, True), (known, False)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            logging.enable_propagation()
+            calibrate(network, OTHERS, max_accuracy_drop=1.0)
+            logging.disable_propagation()
+        assert ("trained on images that cannot be known" in caplog.text) == warned
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The second of four steps, and where the run ended."""
+    folder = tmp_path_factory.mktemp("run")
+    model = train(random_scan_model(), FIRST, folder, max_steps=4, save_strategy="steps", save_steps=2)
+    return folder / "checkpoint-2", model.fingerprint()
+
+
+def resume(checkpoint, folder, images=FIRST, **settings) -> ScanForImageClassification:
+    model = random_scan_model(seed=1)
+    args = arguments(folder, max_steps=4, **settings)
+    ScanTrainer(model, args, train_dataset=images).train(resume_from_checkpoint=str(checkpoint))
+    return model
+
+
+def copied(checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_resumed_run_ends_as_the_whole_one_and_remembers_its_images_once(checkpoint, tmp_path):
+    folder, fingerprint = checkpoint
+    again = copied(folder, tmp_path)
+    ExitConfig(trained_on=some_digests(FIRST), thresholds=[0.5, 0.5]).save_pretrained(again)  # what is no part of it
+    model = resume(again, tmp_path / "run")
+    assert model.fingerprint() == fingerprint
+    assert model.exit_config.trained_on == some_digests(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "what"),
+    [
+        (SECOND, {}, "train images"),
+        (FIRST[:30], {}, "train images"),  # another holdout
+        (FIRST, {"seed": 7}, "`seed`: 42 instead of 7"),
+        (FIRST, {"data_seed": 7}, "`data_seed`: None instead of 7"),
+    ],
+)
+def test_a_resume_with_other_images_is_refused(checkpoint, tmp_path, images, settings, what):
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is of a run with other {what}.*load them with"):
+        resume(checkpoint[0], tmp_path, images, **settings)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("record", [True, False])
+def test_a_checkpoint_without_one_of_its_parts_is_refused(checkpoint, tmp_path, name, record):
+    """One of an earlier version too, which has no record."""
+    folder = copied(checkpoint[0], tmp_path)
+    (folder / name).unlink()
+    if not record:
+        (folder / "checkpoint.json").unlink()
+    with pytest.raises((OSError, ValueError), match=rf"has no .{name[:9]}|{name}. of the checkpoint|valid checkpoint"):
+        resume(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_flipped_byte_is_found(checkpoint, tmp_path, name):
+    folder = copied(checkpoint[0], tmp_path)
+    content = bytearray((folder / name).read_bytes())
+    content[-5] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(OSError, match=rf"'{name}' of the checkpoint .* has changed since it was written"):
+        resume(folder, tmp_path / "run")
+
+
+def test_a_damaged_record_is_named(checkpoint, tmp_path):
+    folder = copied(checkpoint[0], tmp_path)
+    for text in ("{", '{"files": 3}', "[]"):
+        (folder / "checkpoint.json").write_text(text)
+        with pytest.raises(OSError, match=r"checkpoint\.json cannot be read"):
+            resume(folder, tmp_path / "run")
+
+
+def test_the_last_checkpoint_of_a_folder(tmp_path):
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="holds no checkpoint that was written to its end"):
+        ScanTrainer(random_scan_model(), args, train_dataset=FIRST).train(resume_from_checkpoint=True)
+    ScanTrainer(random_scan_model(), args, train_dataset=FIRST).train()
+    (tmp_path / "checkpoint-9").mkdir()  # which a kill left
+    args.max_steps = 3
+    trainer = ScanTrainer(random_scan_model(), args, train_dataset=FIRST)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+def test_a_plain_backbone_is_checked_and_its_images_are_remembered(tmp_path):
+    plain = plain_copy(random_scan_model())
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = CheckedTrainer(plain, args, train_dataset=FIRST)
+    trainer.train()
+    record = json.loads((tmp_path / "checkpoint-1" / "checkpoint.json").read_text())
+    assert record["trained_on"] == some_digests(FIRST)
+    assert isinstance(trainer.model, TimmWrapperForImageClassification)
+    with pytest.raises(ValueError, match="is of a run with other train images"):
+        CheckedTrainer(plain, args, train_dataset=SECOND).train(str(tmp_path / "checkpoint-1"))
+
+
+def test_stored_images_are_known_in_parts(tmp_path):
+    stored = Dataset.from_dict({"x": list(range(10))})
+    assert some_digests(Subset(stored, [2, 3])) == some_digests(stored.select([2, 3]))
