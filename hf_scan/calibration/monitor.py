@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from scipy.stats import binomtest, chi2_contingency
+from transformers.utils import logging
 
+from ..model.exit_config import ExitConfig
 from ..model.exit_rule import AdaptiveOutput
 
 
 if TYPE_CHECKING:
     from ..model.modeling_scan import ScanForImageClassification
 
+
+logger = logging.get_logger(__name__)
 
 # A test by counts wants so many to be expected in each cell, of the smaller sample too.
 LEAST_IN_CELL = 5
@@ -61,7 +65,8 @@ class Disagreement:
 class ExitMonitor:
     """
     Answers images as `predict_adaptive` does, and keeps count of where they leave and how sure they are, against what
-    was seen when the thresholds were found. It needs no labels.
+    was seen when the thresholds were found. It needs no labels. Where the model's exit configuration changes, counting
+    begins anew against the new reference.
 
     It is a collector of `prometheus_client`: `prometheus_client.REGISTRY.register(monitor)`.
 
@@ -71,7 +76,8 @@ class ExitMonitor:
             whether that is the deepest exit's. Defaults to none.
 
     Raises:
-        `ValueError`: if the exit configuration holds no reference, or `shadow_every` is below 1.
+        `ValueError`: if the exit configuration holds no reference or one of another network, or `shadow_every` is
+            below 1.
 
     Example:
 
@@ -90,26 +96,36 @@ class ExitMonitor:
     """
 
     def __init__(self, model: "ScanForImageClassification", shadow_every: int | None = None) -> None:
-        reference = model.exit_config.reference
-        if reference is None:
-            raise ValueError(
-                "The exit configuration does not hold what was seen when its thresholds were found. Find them with "
-                "`calibrate`, whose result does."
-            )
         if shadow_every is not None and shadow_every < 1:
             raise ValueError(f"`shadow_every` is {shadow_every}; expected a whole number of at least 1, or None.")
         self.model = model
         self.shadow_every = shadow_every
-        self.reference = np.array(reference["counts"])
         self._lock = threading.Lock()  # servers answer in several threads
-        self.reset()
+        self._rule: dict[str, Any] = {}
+        self._follow(model.exit_config)
+
+    def _follow(self, config: ExitConfig) -> None:
+        """Take another reference, and count anew, where the rule or its reference is no longer the same."""
+        with self._lock:
+            seen = config.reference or {}
+            if self._rule and config.rule == self._rule and seen.get("counts") == self._seen:
+                return
+            reference = _reference_of(config, self.model.num_exits)
+            if self._rule:
+                logger.warning("The exit configuration has changed; `ExitMonitor` counts anew, against its reference.")
+            self._rule, self._seen = config.rule, seen["counts"]
+            self.reference = reference
+            self._count_anew()
+
+    def _count_anew(self) -> None:
+        self.counts = np.zeros_like(self.reference)
+        self._confidence_sums = np.zeros(len(self.reference))
+        self._shadowed = self._disagreeing = 0
 
     def reset(self) -> None:
-        """Starts counting anew."""
+        """Start counting anew."""
         with self._lock:
-            self.counts = np.zeros_like(self.reference)
-            self._confidence_sums = np.zeros(len(self.reference))
-            self._shadowed = self._disagreeing = 0
+            self._count_anew()
 
     def predict(self, pixel_values: torch.Tensor) -> AdaptiveOutput:
         """
@@ -120,23 +136,33 @@ class ExitMonitor:
 
         Returns:
             [`AdaptiveOutput`]
+
+        Raises:
+            `ValueError`: if the model's exit configuration was replaced by one that holds no reference.
         """
-        answers = self.model.predict_adaptive(pixel_values)
+        self._follow(self.model.exit_config)
+        answers = self.model.predict_adaptive(pixel_values.to(self.model.device, self.model.dtype))
         self.update(answers, pixel_values)
         return answers
 
     def update(self, answers: AdaptiveOutput, pixel_values: torch.Tensor | None = None) -> None:
         """
-        Counts answers that were given elsewhere, such as in a stream.
+        Count answers that were given elsewhere, such as in a stream. Samples that were skipped are left out.
 
         Args:
-            answers ([`AdaptiveOutput`]): By the model's own exit configuration.
+            answers ([`AdaptiveOutput`]): By the model's own exit configuration. Where this has changed, counting
+                begins anew.
             pixel_values (`torch.Tensor`, *optional*): Their images, in the order of the answers, for shadow sampling.
+
+        Raises:
+            `ValueError`: as [`~ExitMonitor.predict`].
         """
+        self._follow(self.model.exit_config)
         counts = count_answers(answers, self.model.num_exits, self.reference.shape[1])
+        answered = (answers.exit_index >= 0).cpu()
         sums = np.bincount(
-            answers.exit_index.cpu().numpy(),
-            weights=answers.confidence.cpu().double().numpy(),
+            answers.exit_index.cpu()[answered].numpy(),
+            weights=answers.confidence.cpu()[answered].double().numpy(),
             minlength=len(self.reference),
         )
         with self._lock:
@@ -145,7 +171,7 @@ class ExitMonitor:
             self._confidence_sums = self._confidence_sums + sums
         if self.shadow_every is None or pixel_values is None:
             return
-        rows = torch.arange(len(pixel_values))[-first % self.shadow_every :: self.shadow_every]
+        rows = answered.nonzero().flatten()[-first % self.shadow_every :: self.shadow_every]
         if len(rows):
             images = pixel_values[rows.to(pixel_values.device)].to(self.model.device, self.model.dtype)
             with torch.inference_mode():
@@ -213,6 +239,23 @@ class ExitMonitor:
         yield CounterMetricFamily("hf_scan_shadow_disagreements", "Of those, answered otherwise", value=differing)
 
 
+def _reference_of(config: ExitConfig, num_exits: int) -> np.ndarray:
+    """Return the counts of a reference, `(num_exits + 1, bins)`."""
+    if config.reference is None:
+        raise ValueError(
+            "The exit configuration does not hold what was seen when its thresholds were found. Find them with "
+            "`calibrate`, whose result does."
+        )
+    reference = np.array(config.reference["counts"])
+    if len(reference) != num_exits + 1:
+        raise ValueError(
+            f"`reference` has {len(reference)} rows of `counts`, and the network has {num_exits} exits; expected "
+            f"{num_exits + 1} rows, one for each exit and one for the last answer. Find the thresholds anew with "
+            "`calibrate`."
+        )
+    return reference
+
+
 def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndarray:
     """
     How many answers each exit gave with which confidence.
@@ -225,8 +268,9 @@ def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndar
     Returns:
         `np.ndarray` of shape `(num_exits + 1, bins)`: the last row is the ensemble's.
     """
-    bin_index = (answers.confidence.float().cpu() * bins).long().clamp(max=bins - 1)
-    cells = answers.exit_index.cpu() * bins + bin_index
+    answered = (answers.exit_index >= 0).cpu()  # others were skipped
+    bin_index = (answers.confidence.float().cpu()[answered] * bins).long().clamp(max=bins - 1)
+    cells = answers.exit_index.cpu()[answered] * bins + bin_index
     return cells.bincount(minlength=(num_exits + 1) * bins).reshape(num_exits + 1, bins).numpy()
 
 

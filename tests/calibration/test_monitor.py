@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scipy.stats import binomtest
 
 from hf_scan import AdaptiveOutput, ExitConfig, ExitMonitor, calibrate
-from hf_scan.calibration.monitor import count_answers
+from hf_scan.calibration.monitor import Drift, count_answers
 
 from ..conftest import random_scan_model
 
@@ -130,6 +130,62 @@ def test_prometheus_reads_it(calibrated):
     assert sum(infinite) == 20
     assert families["hf_scan_shadow_samples"].samples[0].value == 20
     assert families["hf_scan_drift_p_value"].samples[0].value == pytest.approx(monitor.drift().p_value)
+
+
+def another(calibrated, **request):
+    rows = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(pictures(400, seed=1))]
+    return calibrate(calibrated, rows, **request)
+
+
+def test_other_thresholds_have_another_reference(calibrated):
+    """Counts of the former thresholds say nothing about them."""
+    before = calibrated.exit_config
+    monitor = ExitMonitor(calibrated)
+    monitor.predict(pictures(30, seed=7))
+    try:
+        calibrated.exit_config = another(calibrated, max_macs=5.5e6)
+        assert calibrated.exit_config.rule != before.rule
+        monitor.predict(pictures(400, seed=1))
+        assert np.array_equal(monitor.reference, calibrated.exit_config.reference["counts"])
+        assert monitor.drift() == Drift(distance=0.0, p_value=pytest.approx(1.0), n=400)
+        # Answers of a stream too, and a threshold that is changed in place.
+        answers = calibrated.predict_adaptive(pictures(20, seed=8))
+        calibrated.exit_config.thresholds[0] = 0.9
+        monitor.update(answers)
+        assert monitor.counts.sum() == 20
+        calibrated.exit_config = calibrated.exit_config.replace(thresholds=[0.5, 0.5])
+        with pytest.raises(ValueError, match="does not hold what was seen"):
+            monitor.predict(pictures(4, seed=9))
+    finally:
+        calibrated.exit_config = before
+
+
+def test_a_reference_of_another_network(calibrated):
+    reference = {"bins": 20, "counts": calibrated.exit_config.reference["counts"][1:]}
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5], reference=reference)
+    with pytest.raises(ValueError, match="has 3 rows of `counts`, and the network has 3 exits; expected 4 rows"):
+        ExitMonitor(model)
+
+
+def test_images_are_cast_to_the_networks_type(calibrated):
+    model = random_scan_model().bfloat16()
+    model.exit_config = calibrated.exit_config
+    monitor = ExitMonitor(model, shadow_every=2)
+    monitor.predict(pictures(8, seed=10))
+    assert (monitor.counts.sum(), monitor.disagreement().n) == (8, 4)
+
+
+def test_skipped_images_are_not_counted(calibrated):
+    images = pictures(12, seed=11)
+    images[[2, 5]] = torch.nan
+    monitor = ExitMonitor(calibrated, shadow_every=2)
+    monitor.update(calibrated.predict_adaptive(images, on_error="skip"), images)
+    assert (monitor.counts.sum(), monitor.disagreement().n) == (10, 5)
+    other = ExitMonitor(calibrated, shadow_every=2)
+    other.predict(images[~images.isnan().flatten(1).any(1)])
+    assert np.array_equal(monitor.counts, other.counts)
+    assert monitor.disagreement() == other.disagreement()
 
 
 def test_bad_arguments(calibrated):
