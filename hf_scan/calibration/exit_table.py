@@ -3,7 +3,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..data.digests import sample_digests, tensor_digests
+from ..model.evaluation_mode import evaluating
 from ..model.exit_config import ExitConfig
 from ..model.exit_rule import exit_columns
 
@@ -130,8 +133,9 @@ def collect_exit_logits(
 
     Args:
         model ([`ScanForImageClassification`]): The network, on any device.
-        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Gives dictionaries of `pixel_values` and `labels`
-            (or `label`), as for the `Trainer`.
+        dataset (`datasets.Dataset`, `torch.utils.data.Dataset` or `DataLoader`): Gives dictionaries of `pixel_values`
+            and `labels` (or `label`), as for the `Trainer`, or pairs of an image's tensor and its label. Of a
+            `DataLoader`, its dataset is read in order, by its `collate_fn`.
         split (`str`, *optional*, defaults to `"search"`): What the split is called in what is saved.
         batch_size (`int`, *optional*, defaults to 64): Images at a time.
 
@@ -140,24 +144,26 @@ def collect_exit_logits(
 
     Raises:
         `ValueError`: if the dataset is empty, or its rows hold no `pixel_values` or no class indices.
-        `TypeError`: if it is no dataset that has a length and gives dictionaries.
+        `TypeError`: if it is no dataset that has a length and gives dictionaries or pairs.
     """
-    _check_rows(dataset, split)
+    collate: Callable[[Any], Any] | None = None
+    if isinstance(dataset, DataLoader):
+        dataset, collate = dataset.dataset, dataset.collate_fn
+    pairs = _check_rows(dataset, split)
+    if collate is None:
+        collate = default_collate if pairs else default_data_collator
     samples = sample_digests(dataset)
     logits, labels, digests = [], [], []
-    was_training = model.training
-    model.eval()
-    try:
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+    # An exported network has no modes.
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext(), torch.inference_mode():
         for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
+            pixel_values, classes = _images_and_labels(batch, split)
             if samples is None:
-                digests.append(tensor_digests(batch["pixel_values"], batch["labels"]))
-            with torch.inference_mode():
-                exit_logits = model(batch["pixel_values"].to(model.device, model.dtype)).exit_logits
+                digests.append(tensor_digests(pixel_values, classes))
+            exit_logits = model(pixel_values.to(model.device, model.dtype)).exit_logits
             logits.append(torch.stack(exit_logits, dim=1).float().cpu())
-            labels.append(batch["labels"])
-    finally:
-        model.train(was_training)
+            labels.append(classes)
     return ExitTable(
         logits=torch.cat(logits).numpy(),
         labels=torch.cat(labels).numpy(),
@@ -167,8 +173,8 @@ def collect_exit_logits(
     )
 
 
-def _check_rows(dataset: Any, split: str) -> None:
-    """Looks at the first row."""
+def _check_rows(dataset: Any, split: str) -> bool:
+    """Check the first row, and return whether it is a pair of an image and its label."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, dict)):
         raise TypeError(
             f"The {split!r} split is a {type(dataset).__name__}; expected a dataset with a length, whose rows are "
@@ -177,13 +183,47 @@ def _check_rows(dataset: Any, split: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
     row = dataset[0]
-    if not isinstance(row, Mapping):
-        raise TypeError(f"The {split!r} split has rows of type {type(row).__name__}; expected dictionaries.")
-    label = row.get("labels", row.get("label"))
-    if "pixel_values" not in row or label is None:
-        raise ValueError(
-            f"The {split!r} split has rows of {sorted(row)}; expected `pixel_values` and `labels`. Transform the "
-            "images with the image processor first, as for the `Trainer`."
+    pair = isinstance(row, (tuple, list)) and len(row) == 2
+    if pair:
+        image, label = row
+        if not isinstance(image, (torch.Tensor, np.ndarray)):
+            raise TypeError(
+                f"The {split!r} split has pairs of a {type(image).__name__} and a label; expected the image as a "
+                "tensor. Transform the images with the image processor first."
+            )
+    elif isinstance(row, Mapping):
+        label = row.get("labels", row.get("label"))
+        if "pixel_values" not in row or label is None:
+            raise ValueError(
+                f"The {split!r} split has rows of {sorted(row)}; expected `pixel_values` and `labels`. Transform the "
+                "images with the image processor first, as for the `Trainer`."
+            )
+    else:
+        raise TypeError(
+            f"The {split!r} split has rows of type {type(row).__name__}; expected dictionaries, or pairs of an image "
+            "and its label."
         )
     if isinstance(label, str):
-        raise ValueError(f"The {split!r} split has labels such as {label!r}; expected class indices.")
+        raise ValueError(
+            f"The {split!r} split has labels such as {label!r}; expected class indices, such as "
+            "`model.config.label2id` gives for names."
+        )
+    return pair
+
+
+def _images_and_labels(batch: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch's images, and class indices of shape `(batch_size,)`."""
+    if isinstance(batch, Mapping):
+        images, labels = batch["pixel_values"], batch["labels"] if "labels" in batch else batch["label"]
+    else:
+        images, labels = batch
+    labels = torch.as_tensor(labels)
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.shape != (len(images),) or labels.dtype == torch.bool or labels.is_floating_point():
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The {split!r} split has labels of type {kind} and shape {tuple(labels.shape)} for {len(images)} images; "
+            "expected one class index for each."
+        )
+    return images, labels

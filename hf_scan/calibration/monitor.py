@@ -102,6 +102,7 @@ class ExitMonitor:
         self.shadow_every = shadow_every
         self._lock = threading.Lock()  # servers answer in several threads
         self._rule: dict[str, Any] = {}
+        self._seen: list[list[float]] = []
         self._follow(model.exit_config)
 
     def _follow(self, config: ExitConfig) -> None:

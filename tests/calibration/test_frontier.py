@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
 from hf_scan import ExitConfig, calibrate
 from hf_scan.calibration import (
@@ -273,6 +274,23 @@ def test_half_precision_models_and_images(model):
     assert np.abs(table.logits - collect_exit_logits(model, dataset()).logits).mean() < 0.05
 
 
+def test_pairs_of_images_and_labels(model):
+    """As a list, a `TensorDataset`, and either in a `DataLoader`; labels of shape (1,) too."""
+    rows = dataset()
+    expected = collect_exit_logits(model, rows)
+    pairs = [(row["pixel_values"], row["labels"]) for row in rows]
+    tensors = TensorDataset(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]))
+    single = [(image.numpy(), torch.tensor([label])) for image, label in pairs]
+    for rows_given in (pairs, tensors, single, DataLoader(pairs, batch_size=7, shuffle=True), DataLoader(tensors)):
+        table = collect_exit_logits(model, rows_given)
+        assert np.array_equal(table.logits, expected.logits)
+        assert np.array_equal(table.labels, expected.labels)
+        assert table.fingerprint == expected.fingerprint
+    loader = DataLoader(rows, batch_size=7, shuffle=True)
+    assert np.array_equal(collect_exit_logits(model, loader).logits, expected.logits)
+    assert calibrate(model, pairs, max_macs=7e6).rule == calibrate(model, rows, max_macs=7e6).rule
+
+
 def test_empty_split(model):
     with pytest.raises(ValueError, match="The 'search' split is empty"):
         calibrate(model, [])
@@ -438,7 +456,11 @@ def test_one_threshold_for_all_is_that_of_brute_force(n, columns, seed, distinct
         (None, TypeError, "is a NoneType; expected a dataset with a length"),
         ("table.safetensors", TypeError, "is a str; expected a dataset"),
         ([], ValueError, "split is empty"),
-        ([(torch.zeros(3, 16, 16), 1)], TypeError, "rows of type tuple; expected dictionaries"),
+        ([(torch.zeros(3, 16, 16), 1, 2)], TypeError, "rows of type tuple; expected dictionaries"),
+        ([("cat.png", 1)], TypeError, "pairs of a str and a label; expected the image as a tensor"),
+        ([(torch.zeros(3, 16, 16), "cat")], ValueError, "labels such as 'cat'; expected class indices, such as"),
+        ([(torch.zeros(3, 16, 16), 0.5)], ValueError, r"labels of type float64 and shape \(1,\) for 1 images"),
+        ([(torch.zeros(3, 16, 16), torch.ones(4))], ValueError, r"labels of type float32 and shape \(1, 4\)"),
         ([{"image": 1, "labels": 1}], ValueError, r"rows of \['image', 'labels'\]; expected `pixel_values`"),
         ([{"pixel_values": torch.zeros(3, 16, 16)}], ValueError, r"rows of \['pixel_values'\]; expected"),
         ([{"pixel_values": torch.zeros(3, 16, 16), "labels": "cat"}], ValueError, "labels such as 'cat'"),
