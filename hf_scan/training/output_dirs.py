@@ -3,13 +3,19 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -53,22 +59,84 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
         yield new
         if path.exists():
             path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        for pattern in keep:
-            for entry in old.glob(pattern):
-                if not (path / entry.name).exists():
-                    entry.rename(path / entry.name)
-    except BaseException:
+        new.rename(path)
+        _carry_over(old, path, keep)
+    except BaseException:  # also an interrupt between two renames
+        if old.exists() and not path.exists():
+            old.rename(path)
+        elif old.exists():  # the new folder is in its place
+            _carry_over(old, path, keep)
+            shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(new, ignore_errors=True)
-        with suppress(OSError):  # what could not be carried over stays there
+        with suppress(OSError):
             workshop.rmdir()
         raise
     shutil.rmtree(workshop)
+
+
+def lock_output_folder(path: str | Path, keep: Sequence[str] = ()) -> FileLock:
+    """
+    Lock an output folder against a second run, and mend what a killed one left between two renames.
+
+    Args:
+        path (`str` or `Path`): The folder, which need not be there.
+        keep (`Sequence[str]`, *optional*): As for [`replaced_folder`].
+
+    Returns:
+        [`~filelock.FileLock`]: held until it is released or collected, or the process ends, however it does. Its file
+        stays beside the folder.
+
+    Raises:
+        `FileExistsError`: if another run holds the folder.
+        `OSError`: as [`check_replaceable`].
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from hf_scan.training.output_dirs import lock_output_folder
+
+    >>> with tempfile.TemporaryDirectory() as parent, lock_output_folder(Path(parent, "run")) as lock:
+    ...     lock.is_locked
+    True
+    ```
+    """
+    path = Path(path).resolve()
+    check_replaceable(path, ["*"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, is_singleton=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"Another run writes to {path}, and one of the two would be lost. Wait for it, or choose another path."
+        ) from error
+    _mend(path, keep)
+    check_replaceable(path, keep)
+    return lock
+
+
+def _carry_over(old: Path, path: Path, keep: Sequence[str]) -> None:
+    for pattern in keep:
+        for entry in old.glob(pattern):
+            if not (path / entry.name).exists():
+                entry.rename(path / entry.name)
+
+
+def _mend(path: Path, keep: Sequence[str]) -> None:
+    """Finish or undo what [`replaced_folder`] was doing when its process was killed."""
+    for workshop in path.parent.glob(f".{path.name}-*"):
+        named = re.fullmatch(r"-[a-z0-9_]{8}", workshop.name.removeprefix(f".{path.name}"))
+        if not named or not workshop.is_dir() or not {entry.name for entry in workshop.iterdir()} <= {"new", "old"}:
+            continue
+        old = workshop / "old"
+        if old.exists() and not path.exists():
+            logger.warning(f"A run was killed while it replaced {path}; the folder is there again as it was.")
+            old.rename(path)
+        elif old.exists():
+            _carry_over(old, path, keep)
+        shutil.rmtree(workshop)
 
 
 def last_whole_checkpoint(path: str | Path) -> str | None:

@@ -1,8 +1,16 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from hf_scan.training.output_dirs import check_replaceable, last_whole_checkpoint, replaced_folder
+from hf_scan.training.output_dirs import (
+    check_replaceable,
+    last_whole_checkpoint,
+    lock_output_folder,
+    replaced_folder,
+)
 
 
 CONFIG = '{"model_type": "scan"}'
@@ -101,3 +109,84 @@ def test_the_last_checkpoint_that_was_written_to_its_end(tmp_path):
             os.utime(file, (age, age))  # the first is another run's, which had got further
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+def run_of_before(target):
+    target.mkdir()
+    (target / "config.json").write_text(CONFIG)
+    (target / "checkpoint-5").mkdir()
+    (target / "checkpoint-5" / "state").write_text("5")
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_interrupt_between_two_renames_loses_nothing(tmp_path, monkeypatch, call):
+    """After each rename in turn: there is the old model or the new one, with the checkpoints, and nothing else."""
+    target = tmp_path / "run"
+    run_of_before(target)
+    rename, calls = Path.rename, []
+
+    def interrupted(self, other):
+        found = rename(self, other)
+        calls.append(other)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(target, keep=["checkpoint-*"]) as folder:
+        (folder / "config.json").write_text("new")
+    expected = CONFIG if call == 1 else "new"
+    assert contents(tmp_path) == {"run/config.json": expected, "run/checkpoint-5/state": "5"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from hf_scan.training.output_dirs import replaced_folder
+
+rename, calls = Path.rename, []
+
+def killed(self, other):
+    rename(self, other)
+    calls.append(other)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+
+Path.rename = killed
+with replaced_folder(sys.argv[1], keep=["checkpoint-*"]) as folder:
+    (folder / "config.json").write_text('{"model_type": "scan", "new": 1}')
+    if sys.argv[2] == "0":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_the_next_run_mends_what_a_killed_one_left(tmp_path, call):
+    target = tmp_path / "run"
+    run_of_before(target)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(target), str(call)], timeout=240).returncode == -9
+    assert len(list(tmp_path.iterdir())) > int(call != 1)
+    with lock_output_folder(target, keep=["checkpoint-*"]):
+        found = contents(target)
+    assert found["checkpoint-5/state"] == "5"
+    assert ("new" in found["config.json"]) == (call == 2)
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["run"]
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    target = tmp_path / "run"
+    lock = lock_output_folder(target)
+    with pytest.raises(FileExistsError, match=r"Another run writes to .*run, and one of the two would be lost"):
+        lock_output_folder(target)
+    lock_output_folder(tmp_path / "run-2").release()
+    lock.release()
+    lock_output_folder(target).release()
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    for name in (".run-12345678", ".run-other", ".run-2-12345678"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    lock_output_folder(tmp_path / "run").release()
+    assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 3
