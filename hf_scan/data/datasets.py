@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .transforms import _erase, _further, _random_crop, _resize, _size
+from .transforms import _erase, _further, _random_crop, _resize, _size, eight_bits
 
 
 class ImagesInMemory(TorchDataset):
@@ -61,7 +62,7 @@ class ImagesInMemory(TorchDataset):
         if isinstance(flip, str) and flip != "alternating":
             raise ValueError(f"`flip` is {flip!r}; expected true, false or 'alternating'.")
         size = _size(processor)
-        decode = v2.Compose([v2.RGB(), *_resize(processor, crop), v2.PILToTensor()])
+        decode = v2.Compose([v2.Lambda(eight_bits), v2.RGB(), *_resize(processor, crop), v2.PILToTensor()])
         images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         for index, row in enumerate(tqdm(rows, desc="decoding images", leave=False)):
             image = decode(row["image"])
@@ -167,7 +168,8 @@ class SeededImages(TorchDataset):
         """A batch of rows, as PyTorch's loaders ask for it."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(hash((self.seed, self.epoch, *indices)) % 2**63)
+            entropy = [self.seed % 2**64, self.epoch, *indices]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
             return self.rows.__getitems__(indices)
 
 

@@ -336,3 +336,46 @@ def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
     dataset = SeededImages(ImagesInMemory(*colours()), seed=0)
     with pytest.raises(ValueError, match="`dataloader_persistent_workers` is set"):
         ScanTrainer(random_scan_model(), args, train_dataset=dataset).train()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_images_of_16_bits_are_scaled(tmp_path, mode):
+    """They look as the same image of 8 bits does, in training and in evaluation."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (16, 16), dtype=np.uint8)
+    plain = PILImage.fromarray(pixels)
+    deep = PILImage.fromarray((pixels.astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2"))
+    assert deep.mode == mode
+    processor = create_image_processor(random_scan_model())
+    for transform in (eval_transform(processor), train_transform(processor, "none", flip=False)):
+        found, expected = (transform({"image": [image], "labels": [0]})["pixel_values"][0] for image in (deep, plain))
+        assert torch.equal(found, expected)
+    stored = Dataset.from_dict({"image": [deep, plain], "labels": [0, 1]}, features=colours()[0].features)
+    found = ImagesInMemory(stored, processor, crop="none", flip=False)
+    assert torch.equal(found[0]["pixel_values"], found[1]["pixel_values"])
+    assert len(found.images.unique()) > 100
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits_are_taken_in_the_range_of_8_and_refused_beyond(dtype):
+    processor = create_image_processor(random_scan_model())
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16))
+    plain, deep = PILImage.fromarray(pixels.astype(np.uint8)), PILImage.fromarray(pixels.astype(dtype))
+    for transform in (eval_transform(processor), train_transform(processor, "none", flip=False)):
+        found, expected = (transform({"image": [image], "labels": [0]})["pixel_values"][0] for image in (deep, plain))
+        assert torch.equal(found, expected)
+        for wrong in (pixels * 200, -pixels):
+            with pytest.raises(
+                ValueError, match=r"An image of mode '[IF]' holds values from .*; expected values from 0"
+            ):
+                transform({"image": [PILImage.fromarray(wrong.astype(dtype))], "labels": [0]})
+
+
+def test_augmentation_does_not_rest_on_how_python_hashes():
+    """The same numbers with every version: this is what the run of another machine or release draws."""
+    dataset = SeededImages([], seed=1)
+    dataset.set_epoch(2)
+    drawn = []
+    dataset.rows = type("Rows", (), {"__getitems__": lambda _, indices: drawn.append(torch.initial_seed())})()
+    dataset.__getitems__([3, 4, 5])
+    assert drawn == [int(np.random.SeedSequence([1, 2, 3, 4, 5]).generate_state(1, np.uint64)[0])]
