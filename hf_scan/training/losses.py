@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Self-distillation: every early exit learns from the labels, from a teacher's answer and from the deepest feature."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,9 @@ class SelfDistillationLoss:
         scale_by_temperature (`bool`, *optional*, defaults to `True`): Whether the second term has the factor T^2.
         label_smoothing (`float`, *optional*, defaults to 0.0): Smoothing of the labels, at every exit.
 
+    Raises:
+        `ValueError`: if a weight is negative or not finite, or the temperature or the smoothing are out of range.
+
     Example:
 
     ```python
@@ -52,6 +56,17 @@ class SelfDistillationLoss:
     temperature: float = 3.0
     scale_by_temperature: bool = True
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("label_weight", "soft_label_weight", "hint_weight"):
+            weights = getattr(self, name)
+            for weight in weights if isinstance(weights, Sequence) else [weights]:
+                if not 0 <= weight < math.inf:
+                    raise ValueError(f"`{name}` is {weights}; expected numbers of at least 0.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}; expected a number above 0.")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"`label_smoothing` is {self.label_smoothing}; expected a number from 0 to 1.")
 
     def __call__(
         self,

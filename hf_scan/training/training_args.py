@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """[`ScanTrainingArguments`]: Transformers' training arguments and what self-distillation adds."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,18 +125,22 @@ class ScanTrainingArguments(TrainingArguments):
                 setattr(self, name, value)
             elif name.endswith("_weight"):
                 weights = list(given) if isinstance(given, (list, tuple)) else [given]
-                if not weights or not all(weight >= 0 for weight in weights):
+                if not weights or not all(0 <= weight < math.inf for weight in weights):
                     raise ValueError(f"`{name}` is {given}; expected numbers of at least 0.")
                 setattr(self, name, weights)
         assert self.distillation_temperature is not None
-        if not self.distillation_temperature > 0:
+        if not 0 < self.distillation_temperature < math.inf:
             raise ValueError(
                 f"`distillation_temperature` is {self.distillation_temperature}; expected a number above 0."
             )
         for name in ("mixup_alpha", "cutmix_alpha"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; expected a number of at least 0.")
-        if not self.distillation_warmup_steps >= 0:
+        if not 0 <= self.label_smoothing_factor <= 1:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}; expected a number from 0 to 1."
+            )
+        if not 0 <= self.distillation_warmup_steps < math.inf:
             raise ValueError(
                 f"`distillation_warmup_steps` is {self.distillation_warmup_steps}; expected a number of steps, or a "
                 "share of them below 1."

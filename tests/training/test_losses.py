@@ -122,3 +122,20 @@ def test_labels_can_be_probabilities():
     soft = SelfDistillationLoss()(logits, features, torch.nn.functional.one_hot(labels, 5).float())
     for name, value in hard.items():
         torch.testing.assert_close(soft[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_weight", -1.0),
+        ("soft_label_weight", [0.5, float("nan")]),
+        ("hint_weight", float("inf")),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("label_smoothing", -0.1),
+        ("label_smoothing", 1.5),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is .*; expected (a number|numbers)"):
+        SelfDistillationLoss(**{name: value})

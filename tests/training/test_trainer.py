@@ -208,6 +208,13 @@ def test_labels_out_of_range(tmp_path):
         ("soft_label_weight", float("nan")),
         ("hint_weight", -1e-9),
         ("distillation_temperature", 0.0),
+        ("distillation_temperature", float("inf")),
+        ("label_weight", float("inf")),
+        ("mixup_alpha", float("nan")),
+        ("cutmix_alpha", float("inf")),
+        ("distillation_warmup_steps", float("nan")),
+        ("label_smoothing_factor", -0.1),
+        ("label_smoothing_factor", float("nan")),
     ],
 )
 def test_bad_weights(tmp_path, name, value):
