@@ -134,6 +134,7 @@ class ScanConfig(PreTrainedConfig):
         self._check_backbone()
         self._check_backbone_kwargs()
         self._check_preprocessing()
+        self._check_problem_type()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -201,6 +202,14 @@ class ScanConfig(PreTrainedConfig):
                     f"`backbone_kwargs` gives {name!r} a number beyond {LARGEST_ARGUMENT}; such a network would take "
                     "all memory there is. Correct it."
                 )
+
+    def _check_problem_type(self) -> None:
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`problem_type` is {self.problem_type!r}; expected 'single_label_classification' or None: an exit's "
+                "score compares classes of which one is right. For several labels an image, or for regression, train "
+                "the timm model without exits."
+            )
 
     def _check_preprocessing(self) -> None:
         if unknown := sorted(set(self.preprocessing or {}) - PREPROCESSING_KEYS):

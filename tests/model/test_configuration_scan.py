@@ -77,3 +77,12 @@ def test_sizes_are_positive(field):
 def test_unknown_attention_is_refused():
     with pytest.raises(StrictDataclassFieldValidationError, match="attention_type"):
         ScanConfig(attention_type="hard")
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_other_problems_than_one_label_an_image_are_refused(problem_type):
+    with pytest.raises(
+        ValueError, match=f"`problem_type` is '{problem_type}'; expected 'single_label_classification'"
+    ):
+        ScanConfig(backbone="cifar_resnet20", problem_type=problem_type)
+    assert ScanConfig(backbone="cifar_resnet20", problem_type="single_label_classification").problem_type
