@@ -314,7 +314,8 @@ def _example(model: "ScanForImageClassification", batch_size: int, fill: Callabl
     size = model.config.image_size
     assert size is not None  # the network filled it in
     if hasattr(model, "manifest"):
-        return fill(batch_size, *model.manifest.image["shape"])
+        shape, dtype = (batch_size, *model.manifest.image["shape"]), model.dtype
+        return fill(shape) if dtype.is_floating_point else torch.randint(0, 256, shape, dtype=dtype)
     images = fill(batch_size, model.config.num_channels, size, size, device=model.device, dtype=model.dtype)
     channels_last = any(weight.ndim == 4 and not weight.is_contiguous() for weight in model.parameters())
     return images.to(memory_format=torch.channels_last) if channels_last else images

@@ -107,6 +107,8 @@ def export_onnx(
     _check_packages()
     target = Path(folder)
     _check_folder(target)
+    if include_preprocessing:
+        _check_preprocessing(model)
     if model.config.truncated:
         raise ValueError("A truncated network has one exit and nothing to route; export it with `torch.onnx.export`.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,17 @@ def _check_packages() -> None:
 def _check_folder(target: Path) -> None:
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / ONNX_FOLDER).is_dir())):
         raise ValueError(f"{target} exists and is not an earlier export. Name another folder, or remove it.")
+
+
+def _check_preprocessing(model: "ScanForImageClassification") -> None:
+    known = model.config.preprocessing or {}
+    lengths = [len(known.get(name) or ()) for name in ("mean", "std")]
+    if lengths != [model.config.num_channels] * 2:
+        raise ValueError(
+            f"`include_preprocessing=True` needs a mean and standard deviation for each of the "
+            f"{model.config.num_channels} channels, and `model.config.preprocessing` is {known}. Set it, or export "
+            "without."
+        )
 
 
 def _write(
@@ -215,7 +228,7 @@ def _states_of(wrapped: _AllStages, pixels: torch.Tensor) -> list[list[dict[str,
 def _exported(
     wrapped: _AllStages, pixels: torch.Tensor, states: list[list[dict[str, Any]]], opset: int
 ) -> "onnx.ModelProto":
-    import onnx
+    from . import graphs
 
     names = []
     for index, values in enumerate([*states, []]):
@@ -238,7 +251,7 @@ def _exported(
             "other `exit_points`."
         ) from error
     assert program is not None
-    return onnx.shape_inference.infer_shapes(program.model_proto, data_prop=True)
+    return graphs.infer_shapes(program.model_proto)
 
 
 def rule_of(exit_config: Any, num_exits: int) -> dict[str, Any]:

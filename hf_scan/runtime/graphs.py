@@ -21,6 +21,31 @@ OPSET = 20
 LEAST_SHARED_BYTES = 1024
 
 
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """
+    Return a network whose values have shapes. Weights are set aside meanwhile, because what is inferred goes through
+    a message of at most 2 GB.
+
+    Args:
+        model (`onnx.ModelProto`): The network. Its weights move to the one that is returned.
+    """
+    weights: dict[str, bytes] = {}
+    for tensor in tensors_of(model.graph):
+        if len(tensor.raw_data) >= LEAST_SHARED_BYTES:
+            weights[tensor.name] = tensor.raw_data
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            entry = tensor.external_data.add()
+            entry.key, entry.value = "location", WEIGHTS_NAME
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    for tensor in tensors_of(inferred.graph):
+        if tensor.name in weights:
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+            tensor.raw_data = weights.pop(tensor.name)
+    return inferred
+
+
 def cut(whole: onnx.ModelProto, inputs: list[str], outputs: list[str], rows: str | None = None) -> onnx.ModelProto:
     """
     Cut a part out of a network.
@@ -312,4 +337,4 @@ def save_sharing_weights(models: dict[str, onnx.ModelProto], folder: Path) -> No
         onnx.save(model, folder / name)
 
 
-__all__ = ["IMAGE", "OPSET", "cut", "nest", "save_sharing_weights", "tensors_of"]
+__all__ = ["IMAGE", "OPSET", "cut", "infer_shapes", "nest", "save_sharing_weights", "tensors_of"]

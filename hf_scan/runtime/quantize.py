@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Images that ranges are chosen by, and how many are run at a time.
 MOST_IMAGES = 256
 BATCH = 32
+# Networks above it have their weights in a second file while they are quantised: one file holds at most 2 GB.
+MOST_BYTES_IN_A_FILE = 2**30
 
 
 def quantize(whole: "onnx.ModelProto", manifest: Manifest, dataset: Any) -> tuple["onnx.ModelProto", Manifest]:
@@ -60,7 +62,7 @@ def quantize(whole: "onnx.ModelProto", manifest: Manifest, dataset: Any) -> tupl
 
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch, name) for name in ("float.onnx", "prepared.onnx", "int8.onnx")]
-        external = whole.ByteSize() > 2**30
+        external = whole.ByteSize() > MOST_BYTES_IN_A_FILE
         onnx.save(deepcopy(whole) if external else whole, paths[0], save_as_external_data=external)
         quant_pre_process(paths[0], paths[1], skip_symbolic_shape=True, save_as_external_data=external)
         quantize_static(
@@ -110,7 +112,7 @@ def _handed_on(quantized: "onnx.ModelProto", state: dict[str, Any]) -> dict[str,
 
 
 def _images_of(dataset: Any, manifest: Manifest) -> np.ndarray:
-    if hasattr(dataset, "shape"):
+    if hasattr(dataset, "dtype"):  # an array; a `datasets.Dataset` has a shape too
         rows = list(dataset[:MOST_IMAGES])
     else:
         # Evenly from all of it, as datasets are often sorted by class.

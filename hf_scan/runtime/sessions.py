@@ -61,8 +61,9 @@ class Sessions:
         options = self.options
         if options is None:
             options = onnxruntime.SessionOptions()
-            options.use_per_session_threads = not _SHARED_POOL
             options.log_severity_level = 3
+        if _SHARED_POOL:
+            options.use_per_session_threads = False
         check_weights_beside(self.folder / name)
         try:
             return onnxruntime.InferenceSession(
@@ -86,8 +87,8 @@ def share_thread_pool(threads: int) -> None:
     """
     Have all engines that are loaded from now on share one pool of threads, rather than each session of theirs keep its
     own. ONNX Runtime has one such pool for a process, and once there is one, *every* session of the process must set
-    `SessionOptions.use_per_session_threads = False`; so this is for programs that know all of theirs, and comes before
-    the first session.
+    `SessionOptions.use_per_session_threads = False`, as engines do, in the options they are given too; so this is for
+    programs that know all of theirs, and comes before the first session.
 
     Args:
         threads (`int`): How many.

@@ -91,7 +91,7 @@ def numbered(
     batches: Any, images_of: Callable[[Any], np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield images with their positions, from one array, batches of any size, or a dataset with `pixel_values`."""
-    if hasattr(batches, "shape"):
+    if hasattr(batches, "dtype"):  # an array; a `datasets.Dataset` has a shape too
         batches = [batches]
     if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
         batches = _batched(batches, batch_size)

@@ -1,0 +1,211 @@
+"""What an export writes and refuses, and how it is loaded: from a folder, a checkpoint, in a bare environment."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_scan import ExitConfig, measure_costs
+from hf_scan.runtime import ORTScanForImageClassification, compare, quantize
+from hf_scan.runtime.manifest import Manifest
+
+from ..conftest import random_scan_model
+
+
+ROOT = Path(__file__).parents[2]
+THRESHOLDS = [0.5, 0.5, 0.5]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """Images as cameras give them."""
+    return torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def with_preprocessing(tmp_path_factory, pixels) -> Path:
+    """An export that normalises images itself, quantised with its weights in a file of their own as large ones are."""
+    folder = tmp_path_factory.mktemp("preprocessing") / "exported"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "MOST_BYTES_IN_A_FILE", 0)
+        random_scan_model().export_onnx(folder, calibration_dataset=pixels, include_preprocessing=True)
+    return folder
+
+
+def test_preprocessing_is_part_of_the_first_stage(with_preprocessing, model, pixels):
+    engine = ORTScanForImageClassification.from_pretrained(with_preprocessing)
+    mean, std = (torch.tensor(model.config.preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    normalised = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    with torch.no_grad():
+        expected = model(normalised).exit_logits
+    for found, logits in zip(engine(pixels).exit_logits, expected):
+        torch.testing.assert_close(found, logits, rtol=1e-3, atol=2e-4)
+    exits = model.predict_adaptive(normalised[:12], thresholds=THRESHOLDS).exit_index
+    assert engine.predict_adaptive(pixels[:12].numpy(), thresholds=THRESHOLDS).exit_index.tolist() == exits.tolist()
+    assert engine.predict_adaptive(pixels[:1].numpy(), thresholds=THRESHOLDS).exit_index[0] == exits[0]
+    assert sorted(measure_costs(engine, batch_size=2, rounds=1).plain) == [1, 2]
+    with pytest.raises(ValueError, match="takes uint8"):
+        engine(pixels.float())
+
+
+def test_quantised_with_weights_in_a_file_of_their_own(with_preprocessing, pixels):
+    int8 = ORTScanForImageClassification.from_pretrained(with_preprocessing, subfolder="int8")
+    np.testing.assert_allclose(int8.plain(pixels), int8(pixels).logits, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_of_a_dataset_are_images(engine, images):
+    """A `datasets.Dataset` has a shape as arrays have, and is none."""
+    rows = Dataset.from_dict({"pixel_values": images.numpy()}).with_format("torch")
+    np.testing.assert_array_equal(quantize._images_of(rows, engine.manifest), images.numpy())
+    found = list(engine.predict_adaptive_stream(rows, batch_size=10, thresholds=THRESHOLDS, ordered=True))
+    expected = engine.predict_adaptive(images.numpy(), thresholds=THRESHOLDS).exit_index
+    assert np.concatenate([answer.exit_index for answer in found]).tolist() == expected.tolist()
+
+
+def test_preprocessing_that_is_not_known_is_refused(tmp_path):
+    model = random_scan_model()
+    model.config.preprocessing = None
+    with pytest.raises(ValueError, match="needs a mean and standard deviation for each of the 3 channels"):
+        model.export_onnx(tmp_path / "exported", include_preprocessing=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_pytorch_is_exported_when_it_is_loaded(tmp_path, model, images):
+    model.save_pretrained(tmp_path / "checkpoint")
+    engine = ORTScanForImageClassification.from_pretrained(tmp_path, export=True, subfolder="checkpoint")
+    expected = model.predict_adaptive(images, thresholds=THRESHOLDS)
+    found = engine.predict_adaptive(images, thresholds=THRESHOLDS)
+    assert found.exit_index.tolist() == expected.exit_index.tolist()
+    engine.exit_config = ExitConfig(THRESHOLDS)
+    engine.save_pretrained(tmp_path / "saved")
+    folder = engine.folder
+    del engine
+    assert ORTScanForImageClassification.from_pretrained(tmp_path / "saved").exit_config.thresholds == THRESHOLDS
+    assert not folder.exists()  # what was exported for the engine alone goes with it
+
+
+def test_arguments_that_mean_nothing_are_refused(exported):
+    with pytest.raises(TypeError, match=r"'include_preprocessing'.*export=True"):
+        ORTScanForImageClassification.from_pretrained(exported, include_preprocessing=True)
+
+
+def test_saving_over_another_export_leaves_nothing_of_it(exported, tmp_path, engine):
+    target = shutil.copytree(exported, tmp_path / "other")
+    (target / "onnx" / "stage_7.onnx").write_bytes(b"of a deeper network")
+    (target / "notes.txt").write_text("mine")
+    engine.exit_config = ExitConfig([0.5, None, 0.5], fallback="deepest")
+    engine.save_pretrained(target)
+    names = {path.name for path in (target / "onnx").iterdir()}
+    assert names == {*Manifest.load(target / "onnx").files, "manifest.json"}
+    assert "stage_7.onnx" not in names
+    assert (target / "notes.txt").read_text() == "mine"
+    # In place: the engine itself runs the new file.
+    again = ORTScanForImageClassification.from_pretrained(target)
+    again.exit_config = ExitConfig(THRESHOLDS, "margin")
+    again.save_pretrained(target)
+    again.run = None  # so that running a stage would fail
+    assert again.predict_adaptive(np.zeros((1, 3, 16, 16), np.float32)).logits.shape == (1, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        engine.save_pretrained(tmp_path / "file")
+
+
+def test_graphs_that_differ_are_not_put_in_place(exported, tmp_path, images):
+    """Those in 8 bits too: one network, however it is run, and every graph has a session."""
+    folder = shutil.copytree(exported / "int8", tmp_path / "int8")
+    pixels = images[:5].numpy()
+    compare.compare_with_itself("net", folder, pixels)
+
+    def changed(name, change):
+        graph = onnx.load(folder / "onnx" / name)
+        change(graph)
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+        onnx.save(graph, tmp_path / "changed" / "onnx" / name)
+        Manifest._parsed(folder / "onnx" / "manifest.json").save(tmp_path / "changed" / "onnx")
+        return tmp_path / "changed"
+
+    def negate(graph):
+        name = graph.graph.output[0].name
+        for node in graph.graph.node:
+            for position, output in enumerate(node.output):
+                if output == name:
+                    node.output[position] = "before"
+        graph.graph.node.append(onnx.helper.make_node("Neg", ["before"], [name]))
+
+    with pytest.raises(ValueError, match=r"int8/plain.onnx, 1 images"):
+        compare.compare_with_itself("net", changed("plain.onnx", negate), pixels)
+    with pytest.raises(ValueError, match=r"ONNX Runtime does not run it"):
+        compare.compare_with_itself(
+            "net",
+            changed("stage_1_without_head.onnx", lambda graph: setattr(graph.graph.node[0], "op_type", "Fly")),
+            pixels,
+        )
+
+
+def test_what_differs_from_pytorch_is_not_put_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="differs from the network"):
+        random_scan_model().export_onnx(tmp_path / "exported")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads that Linux lists")
+@pytest.mark.parametrize("own_options", [False, True])
+def test_one_pool_of_threads_for_all_sessions(exported, own_options):
+    code = """
+import os, sys
+import onnxruntime
+from hf_scan.runtime import ORTScanForImageClassification, share_thread_pool
+share_thread_pool(4)
+options = onnxruntime.SessionOptions() if sys.argv[2] == "True" else None
+engine = ORTScanForImageClassification.from_pretrained(sys.argv[1], session_options=options)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+engine.open_sessions()
+print(threads() - before, len(engine.manifest.files))
+"""
+    done = subprocess.run([sys.executable, "-c", code, exported, str(own_options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["0", str(len(Manifest.load(exported / "onnx").files))]
+
+
+BARE = """
+import sys
+import numpy as np
+from hf_scan.runtime import ORTScanForImageClassification
+engine = ORTScanForImageClassification.from_pretrained(sys.argv[1])
+print(engine.predict_adaptive(np.load(sys.argv[2]), thresholds=[0.5, 0.5, 0.5]).exit_index.tolist())
+try:
+    import torch
+except ImportError:
+    print("bare")
+"""
+
+
+@pytest.mark.slow
+def test_answers_in_an_environment_of_numpy_and_onnxruntime_alone(exported, tmp_path, images, engine):
+    """Installs both from the package registry, and nothing else."""
+    venv.create(tmp_path / "bare", with_pip=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    needed = [f"{name}=={version(name)}" for name in ("numpy", "onnxruntime")]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *needed], check=True)
+    np.save(tmp_path / "images.npy", images.numpy())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [python, "-c", BARE, exported, tmp_path / "images.npy"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    exits, bare = done.stdout.splitlines()
+    assert bare == "bare"
+    assert json.loads(exits) == engine.predict_adaptive(images.numpy(), thresholds=THRESHOLDS).exit_index.tolist()
