@@ -39,7 +39,7 @@ from hf_scan.model.exit_config import EXIT_CONFIG_NAME
 from hf_scan.reporting.model_card import create_model_card
 from hf_scan.reporting.plotting import plot_exit_shares, plot_frontier, plot_reliability
 from hf_scan.reporting.report import exit_report, exit_table
-from hf_scan.training.output_dirs import check_replaceable, replaced_folder
+from hf_scan.training.output_dirs import lock_output_folder, replaced_folder
 
 
 @dataclass
@@ -148,7 +148,7 @@ def main() -> None:
     model = ScanForImageClassification.from_pretrained(arguments.model).eval()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     folder = Path(arguments.output_dir or arguments.model)
-    check_replaceable(folder, keep=["*"])
+    lock = lock_output_folder(folder, keep=["*"])
     written = Path(arguments.model, "metrics.json")
     facts: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     arguments.seed = facts.get("seed", 0) if arguments.seed is None else arguments.seed
@@ -194,6 +194,7 @@ def main() -> None:
             (new / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")
             shown = {**facts, "frontier": "frontier.png"}
             create_model_card(model, report, shown, title(arguments.model), **metadata(data)).save(new / "README.md")
+    lock.release()
     print(f"Written to {folder}: {arguments.exit_config_name}, frontier.png, exits.png, reliability.png")
 
 

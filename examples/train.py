@@ -34,6 +34,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.calibration import ExitTable, collect_exit_logits, exit_frontier
+from hf_scan.calibration.splits import LEAST_SAMPLES
 from hf_scan.costs import Prices, describe_machine
 from hf_scan.data import (
     DecodedRows,
@@ -51,7 +52,7 @@ from hf_scan.reporting.plotting import plot_frontier, plot_training
 from hf_scan.reporting.report import exit_report, exit_table, speedup_lines
 from hf_scan.training.baseline import plain_accuracy, plain_copy
 from hf_scan.training.checkpoints import CheckedTrainer, read_trained_on
-from hf_scan.training.output_dirs import check_replaceable, last_whole_checkpoint, replaced_folder
+from hf_scan.training.output_dirs import last_whole_checkpoint, lock_output_folder, replaced_folder
 from hf_scan.training.stage_features import StageFeatures, extract_stage_features
 
 
@@ -116,8 +117,10 @@ class DataArguments:
         metadata={"help": "Store what a frozen backbone makes of the train images, where they are not augmented."},
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the card: 'mit', say."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Test on the first so many images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many images, chosen at random."}
+    )
+    max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many images, chosen at random."})
 
 
 @dataclass
@@ -189,6 +192,32 @@ def _check_split_names(dataset: str, named: dict[str, str], found: list[str]) ->
                 )
 
 
+def _name_unseen_classes(splits: DatasetDict) -> None:
+    trained = set(splits["train"].unique("labels"))
+    names = splits["train"].features["labels"].names
+    for split, rows in splits.items():
+        labels = set(rows.unique("labels"))
+        if unseen := sorted(labels - trained):
+            print(
+                f"The {split!r} split has {len(unseen)} classes without a train image, which cannot be learned, such "
+                f"as {names[unseen[0]]!r}.",
+                file=sys.stderr,
+            )
+
+
+def check_search_split(splits: DatasetDict) -> None:
+    """Refuse a split that thresholds cannot be searched on, before the training that would come first."""
+    if "search" not in splits:
+        return
+    count, classes = len(splits["search"]), len(splits["search"].unique("labels"))
+    if count < LEAST_SAMPLES or classes < 2:
+        raise ValueError(
+            f"The 'search' split has {count} images of {classes} classes; thresholds need at least {LEAST_SAMPLES} "
+            "images and two classes. Set a larger `--holdout`, name a `--search_split`, or set `--holdout 0` to search"
+            " none."
+        )
+
+
 def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
     """The splits to train, search and test on, and one to watch training by if it is watched. They are disjoint."""
     loaded = load_dataset(data.dataset_name, data.dataset_config_name)
@@ -206,7 +235,9 @@ def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
         splits["train"], splits["validation"] = split_off(splits["train"], data.holdout, seed)
     for split, most in (("train", data.max_train_samples), ("test", data.max_test_samples)):
         if most is not None:
-            splits[split] = splits[split].select(range(min(most, len(splits[split]))))
+            # Not the first: folders of images are sorted by class.
+            splits[split] = splits[split].shuffle(seed=seed).select(range(min(most, len(splits[split]))))
+    _name_unseen_classes(splits)
     return splits
 
 
@@ -255,6 +286,12 @@ def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClass
             network.backbone, pretrained=True, num_labels=len(names), **settings
         )
     plain = TimmWrapperForImageClassification.from_pretrained(network.backbone_weights)
+    found = plain.config.architecture.split(".")[0]
+    if network.backbone.split(".")[0] not in (found, ModelArguments.backbone):
+        raise ValueError(
+            f"`--backbone` is {network.backbone!r}, and the weights in {network.backbone_weights} are of {found!r}. "
+            "Leave `--backbone` out, or name other weights."
+        )
     trained_on = read_trained_on(network.backbone_weights)
     return ScanForImageClassification.from_timm(
         plain.timm_model, num_labels=len(names), trained_on=trained_on, **settings
@@ -289,10 +326,12 @@ def main() -> None:
         plain_accuracy_there = json.loads(Path(network.plain_metrics).read_text(encoding="utf-8"))["accuracy"]
     if args.freeze_backbone and network.backbone_weights is None:
         raise ValueError("`--freeze_backbone` is for a trained backbone; name its weights with `--backbone_weights`.")
-    check_replaceable(args.output_dir, [*KEPT, FEATURES])
+    lock = lock_output_folder(args.output_dir, [*KEPT, FEATURES]) if args.process_index == 0 else None
     set_seed(args.seed)
     with args.main_process_first(desc="loading the dataset"):
         splits = load_splits(data, args.seed, validate=args.eval_strategy != "no")
+    if not network.plain:
+        check_search_split(splits)
     names = splits["train"].features["labels"].names
     model = create_model(network, names)
     processor = create_image_processor(model)
@@ -335,6 +374,10 @@ def main() -> None:
     if trainer.is_world_process_zero():
         shutil.rmtree(Path(args.output_dir, FEATURES), ignore_errors=True)
 
+    if trainer.is_world_process_zero():
+        with replaced_folder(args.output_dir, KEPT) as folder:  # nothing that follows can lose the weights
+            trainer.model.save_pretrained(folder)
+            processor.save_pretrained(folder)
     if "search" in images and not network.plain:
         # The first process searches, all of them score with what it found.
         found: list[Any] = [None]
@@ -393,6 +436,8 @@ def main() -> None:
             print(error)
     if args.push_to_hub:
         print(f"Pushed to {trainer.push_to_hub().repo_url}")
+    if lock is not None:
+        lock.release()
 
 
 def draw_frontier(model: ScanForImageClassification, table: ExitTable, folder: Path) -> dict[str, str]:

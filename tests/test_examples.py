@@ -23,6 +23,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
+from hf_scan.training.baseline import plain_copy
+
+from .conftest import random_scan_model
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -362,3 +365,84 @@ def test_calibrate(dataset_folder, tmp_path):
     error = run(sys.executable, EXAMPLES / "calibrate.py", *where, "--guarantee", "1.0", "--no_measure", fails=True)
     assert "12 samples do not certify a gap of at most 1 points" in error
     assert ExitConfig.from_pretrained(folder) == config
+
+
+def sorted_folder(folder: Path, classes: dict[str, int]) -> Path:
+    """Parquet files of images sorted by class, so many of each in every split."""
+    names = list(classes)
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    for split in ("train", "test", "validation"):
+        labels = [index for index, name in enumerate(names) for _ in range(classes[name])]
+        if split == "train":
+            labels = [label for label in labels if names[label] != "unseen"]
+        images = [PILImage.new("RGB", (8, 8), (label, number % 256, 0)) for number, label in enumerate(labels)]
+        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        folder.mkdir(exist_ok=True)
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def train_script(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("train")
+
+
+def splits_of(train_script, folder: Path, **settings):
+    return train_script.load_splits(train_script.DataArguments(str(folder), **settings), seed=0, validate=True)
+
+
+def test_a_part_of_a_sorted_split_has_all_its_classes(train_script, tmp_path):
+    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40, "c": 40})
+    splits = splits_of(train_script, folder, max_test_samples=30, max_train_samples=30)
+    for split in ("train", "test"):
+        assert len(splits[split]) == 30
+        assert min(np.bincount(splits[split]["labels"], minlength=3)) >= 4
+    again = splits_of(train_script, folder, max_test_samples=30)
+    assert list(again["test"]["labels"]) == list(splits["test"]["labels"])
+
+
+def test_a_search_split_of_its_own(train_script, tmp_path):
+    """All of it is searched on, none of the train split; and it is neither of the others."""
+    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40})
+    splits = splits_of(train_script, folder, search_split="validation")
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 72,
+        "test": 80,
+        "search": 80,
+        "validation": 8,
+    }
+    for name in ("train", "test"):
+        with pytest.raises(ValueError, match=rf"`--{name}_split` and `--search_split` are both '{name}'"):
+            splits_of(train_script, folder, search_split=name)
+    with pytest.raises(ValueError, match=r"no split 'none'; it has .* Set `--search_split`"):
+        splits_of(train_script, folder, search_split="none")
+
+
+def test_a_class_without_a_train_image_is_named(train_script, tmp_path, capsys):
+    splits_of(train_script, sorted_folder(tmp_path / "images", {"a": 40, "unseen": 40, "b": 40}))
+    assert "The 'test' split has 1 classes without a train image, which cannot be learned, such as 'unseen'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_search_split_that_is_too_small_is_refused_before_training(train_script, tmp_path):
+    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40})
+    with pytest.raises(ValueError, match=r"has 8 images of 2 classes; thresholds need at least 10 .*`--search_split`"):
+        train_script.check_search_split(splits_of(train_script, folder))
+    for settings in ({"holdout": 0.0}, {"holdout": 0.2}, {"search_split": "validation"}):
+        train_script.check_search_split(splits_of(train_script, folder, **settings))
+
+
+def test_a_backbone_that_the_weights_are_not_of_is_refused(train_script, tmp_path):
+    model = random_scan_model()
+    plain_copy(model).save_pretrained(tmp_path)
+    ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
+    names, weights = list("abcde"), str(tmp_path)
+    settings = {"backbone_weights": weights, "image_size": 16}
+    with pytest.raises(ValueError, match=r"`--backbone` is 'resnet50', and the weights in .* are of 'cifar_resnet20'"):
+        train_script.create_model(train_script.ModelArguments(backbone="resnet50", **settings), names)
+    for given in ({}, {"backbone": "cifar_resnet20"}):
+        found = train_script.create_model(train_script.ModelArguments(**given, **settings), names)
+        assert found.exit_config.trained_on == "1: ab"
+        assert torch.equal(found.backbone.conv1.weight, model.backbone.conv1.weight)
