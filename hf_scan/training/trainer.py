@@ -60,6 +60,7 @@ class ScanTrainer(CheckedTrainer):
         kwargs: As for [`~transformers.Trainer`].
 
     Raises:
+        `TypeError`: if `args` are no [`ScanTrainingArguments`].
         `ValueError`: if an argument would be ignored, weights do not fit the network's exits, or the teacher knows
             another number of classes.
         `FloatingPointError`: in training, if a term of the loss is not finite. It names the term, and the weights are
@@ -89,6 +90,11 @@ class ScanTrainer(CheckedTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or ScanTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, ScanTrainingArguments):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}; expected `ScanTrainingArguments`, which take the same and "
+                "the weights of self-distillation."
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would take the place of self-distillation. Use a plain `Trainer`.")
         if args.batch_eval_metrics and kwargs.get("compute_metrics") is None:

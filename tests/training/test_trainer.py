@@ -195,6 +195,12 @@ def test_arguments_that_would_be_ignored_are_refused(tmp_path, kwargs, settings,
         ScanTrainer(random_scan_model(), arguments(tmp_path, **settings), **kwargs)
 
 
+def test_arguments_of_a_plain_trainer_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="`args` is a TrainingArguments; expected `ScanTrainingArguments`"):
+        ScanTrainer(random_scan_model(), args, train_dataset=rows(8))
+
+
 def test_labels_out_of_range(tmp_path):
     dataset = [{**row, "labels": 5} for row in rows(8)]
     with pytest.raises(ValueError, match=r"`labels` holds values from 5 to 5; expected class indices from 0 to 4"):
