@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,34 @@ def plain_contenders(networks: Networks, compiles: bool) -> Iterator[Contender]:
     contiguous = copy.deepcopy(networks.plain).to(memory_format=torch.contiguous_format)
     answer = lambda images: contiguous(images.contiguous())  # noqa: E731
     yield Contender("plain, channels first", "plain", right, (contiguous,), answer)
+    if find_spec("onnxruntime") is not None and find_spec("onnxscript") is not None:
+        size = networks.model.config.image_size
+        assert size is not None
+        answer = onnx_runtime(contiguous, torch.zeros(2, 3, size, size))
+        yield Contender("plain, ONNX Runtime", "plain", right, (contiguous,), answer)
+
+
+def onnx_runtime(network: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Export a network to ONNX and return a function that runs it there, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    assert program is not None
+    graph = program.model_proto.SerializeToString()
+    sessions: dict[int, Any] = {}
+
+    def answer(images: torch.Tensor) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        if threads not in sessions:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            sessions[threads] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = sessions[threads]
+        found = session.run(None, {session.get_inputs()[0].name: images.contiguous().numpy()})
+        return torch.from_numpy(found[0])
+
+    return answer
 
 
 def _static(name: str, right: dict[int, torch.Tensor], network: nn.Module, compiles: bool) -> Iterator[Contender]:
