@@ -20,7 +20,7 @@ from .frontier import Frontier, undominated
 from .genetic import genetic_search
 from .monitor import count_answers
 from .request import ACCURACY_WISHES, _check_roles, _check_wish
-from .splits import apart_from, check_apart, check_not_among, check_usable
+from .splits import apart_from, check_apart, check_not_among, check_usable, saturated
 
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def calibrate(
     Thresholds that were chosen as the best of many lose a little more on other images. So what is wished for the
     accuracy is what other images are expected to have, by cross-fitting ([`least_accuracy_to_ask`]), and the split
     itself has no less; it is still as often missed as exceeded. With a `guarantee`, it is seldom missed.
+
+    A warning says where the thresholds found are slower than the plain network, and where most scores are exactly 1.0,
+    so that no threshold can tell samples apart and `temperatures` are needed.
 
     Args:
         model ([`ScanForImageClassification`]): The trained network.
@@ -141,6 +144,8 @@ def calibrate(
         check_usable(one, rule)
 
     table = tables[0]
+    if hint := saturated(table, rule):
+        logger.warning(hint)
     if not wish and guarantee is None:
         thresholds, settings = _genetic(table, rule, prices, search_kwargs)
         found = {"method": "genetic", **settings}
@@ -172,6 +177,12 @@ def calibrate(
         thresholds=thresholds, searched_on=digests_as_text(table.samples), weights=table.model, **known
     )
     search = {**found, **_facts(table), **_outcome(table, config, prices)}
+    if search["cost"] > 1 + 1e-9:
+        logger.warning(
+            f"The thresholds found cost {search['cost']:.3f} times what the plain network does "
+            f"({search['cost_unit']}): the exits take more than they save. Allow a larger drop, or deploy "
+            "`model.backbone`."
+        )
     config = config.replace(search=search, reference=_reference(table, config))
     if guarantee is not None:
         config = config.replace(guarantee={**certificate.to_dict(), **_facts(tables[1]), "rule": config.rule})

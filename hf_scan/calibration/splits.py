@@ -62,10 +62,34 @@ def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
             f"on the {table.split!r} split; thresholds are in [0, 1], so bring them there."
         )
     if (np.ptp(scores[:, :-1], axis=0) == 0).all():
+        hint = TEMPERATURES_HELP if (scores[:, :-1] == 1).all() else "Is the network trained?"
         raise ValueError(
-            f"{name} has the same score for every sample at each exit, so that no threshold can tell them apart. Is "
-            "the network trained?"
+            f"{name} has the same score for every sample at each exit, so that no threshold can tell them apart. "
+            + hint
         )
+
+
+# Of scores that are exactly 1.0 at an exit, above which it is worth a word.
+SATURATED = 0.5
+
+
+def saturated(table: ExitTable, exit_config: ExitConfig) -> str | None:
+    """Return a hint where most scores of an early exit are exactly 1.0, which no threshold can tell apart."""
+    scores, _ = table.columns(exit_config)
+    shares = (scores[:, : table.num_exits - 1] >= 1).mean(axis=0)
+    exits = [f"exit {index} ({share:.0%})" for index, share in enumerate(shares) if share > SATURATED]
+    if not exits:
+        return None
+    return (
+        f"Most scores on the {table.split!r} split are exactly 1.0 at {', '.join(exits)}, and no threshold can tell "
+        f"these samples apart. {TEMPERATURES_HELP}"
+    )
+
+
+TEMPERATURES_HELP = (
+    "Pass `temperatures=[...]`, a number above 1 for each exit, such as those that minimise the loss of the logits "
+    "divided by them on held-out images."
+)
 
 
 def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]) -> None:

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import re
 from dataclasses import replace
 
@@ -387,6 +388,38 @@ def test_splits_that_will_not_do(network, tables, change, message, step):
         certification = change(certification)
     with pytest.raises(ValueError, match=message):
         calibrate(network, search, guarantee=RiskBound(5.0), certify_dataset=certification)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """What the package logs, which Transformers does not hand on by itself."""
+    monkeypatch.setattr(logging.getLogger("hf_scan"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
+
+
+def test_scores_of_exactly_one_ask_for_temperatures(network, tables, warnings):
+    sure = replace(tables[0], logits=tables[0].logits * 60)
+    config = calibrate(network, sure, max_accuracy_drop=1.0)
+    assert "scores on the 'search' split are exactly 1.0 at exit 0 (" in warnings.text
+    assert "Pass `temperatures=[...]`" in warnings.text
+    warnings.clear()
+    cooled = calibrate(network, sure, max_accuracy_drop=1.0, temperatures=[60, 60, 60])
+    assert "exactly 1.0" not in warnings.text
+    assert cooled.search["cost"] < config.search["cost"]
+    with pytest.raises(ValueError, match=r"the same score for every sample at each exit.*Pass `temperatures="):
+        calibrate(network, replace(tables[0], logits=tables[0].logits * 1e6), max_accuracy_drop=1.0)
+
+
+def test_thresholds_that_are_slower_than_the_plain_network_say_so(tables, warnings):
+    network = random_scan_model()
+    network.exit_config = ExitConfig(costs=measured())
+    slow = calibrate(network, tables[0], beta=1000.0, generations=5, progress=False)
+    assert slow.search["cost"] > 1
+    assert f"cost {slow.search['cost']:.3f} times what the plain network does (milliseconds" in warnings.text
+    warnings.clear()
+    assert calibrate(network, tables[0], max_accuracy_drop=5.0).search["cost"] < 1
+    assert "plain network does" not in warnings.text
 
 
 def test_splits_that_share_images(network, tables):
