@@ -40,7 +40,7 @@ from hf_scan.calibration import (
     oracle_policy,
     shared_threshold_frontier,
 )
-from hf_scan.costs import Prices, describe_machine
+from hf_scan.costs import CostModel, describe_machine
 
 
 DROPS = (0.0, 0.5, 1.0)  # points that may be lost on the part that chooses
@@ -276,8 +276,8 @@ def main(arguments: argparse.Namespace) -> None:
     search, test = (collect_exit_logits(model, splits[name], name) for name in ("search", "test"))
     if not arguments.milliseconds:
         model.exit_config = model.exit_config.replace(costs=None)
-    prices = Prices.of(model)
-    costs = prices.cumulative(RULE)[: model.num_exits]
+    cost_model = CostModel.of(model)
+    costs = cost_model.cumulative(RULE)[: model.num_exits]
     table = ExitTable(
         *(np.concatenate([getattr(one, name) for one in (search, test)]) for name in ("logits", "labels", "samples")),
         split="search and test",
@@ -285,7 +285,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     scores = Scores(table, costs)
     deepest = scores.right[:, model.num_exits - 1]
-    rows = list(compare(scores, deepest, len(search) / len(table), arguments.repeats, prices.plain_image))
+    rows = list(compare(scores, deepest, len(search) / len(table), arguments.repeats, cost_model.plain_image))
     everything = scores.columns("confidence", np.arange(len(table)))
     genetic = list(against_genetic(some(everything, np.arange(len(search)))))
     timed = np.random.default_rng(0).permutation(len(table))[:10_000]
@@ -302,10 +302,10 @@ def main(arguments: argparse.Namespace) -> None:
         "dataset": dataset,
         "seed": seed,
         "images": {"choose": len(search), "judge": len(test), "divisions": arguments.repeats},
-        "costs": f"{prices.unit}; below as a share of the plain backbone's",
+        "costs": f"{cost_model.unit}; below as a share of the plain backbone's",
         "accuracy of the exits on all": scores.right.mean(axis=0).round(4).tolist(),
         f"seconds of the frontier, {len(timed)} images": seconds_of_the_frontier(some(everything, timed)),
-        "oracle": {"accuracy": accuracy, "cost": cost / prices.plain_image},
+        "oracle": {"accuracy": accuracy, "cost": cost / cost_model.plain_image},
         "machine": describe_machine(),
     }
     lines = [f"- {name}: {value}" for name, value in facts.items()]
@@ -322,7 +322,7 @@ def main(arguments: argparse.Namespace) -> None:
     ]
     for row in guarantees:
         name = f"{row['loss']} of at most {row['max_drop']:.2f} points, delta {row['delta']}"
-        spent = "" if row["cost"] is None else f"{row['cost'] / prices.plain_image:.3f}"
+        spent = "" if row["cost"] is None else f"{row['cost'] / cost_model.plain_image:.3f}"
         cells = [name, row["n"], row["repeats"], f"{row['violations']:.1%}", f"{row['uncertified']:.1%}", spent]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += [
@@ -331,7 +331,7 @@ def main(arguments: argparse.Namespace) -> None:
         "|---:" * 6 + "|",
     ]
     for row in genetic:
-        cells = [row["beta"], row["seed"], f"{row['cost'] / prices.plain_image:.3f}", f"{row['genetic']:.2%}"]
+        cells = [row["beta"], row["seed"], f"{row['cost'] / cost_model.plain_image:.3f}", f"{row['genetic']:.2%}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['frontier']:.2%}", f"{row['seconds']:.2f}"])) + " |")
     text = "\n".join(lines)
     values = {**facts, "ways": rows, "guarantees": guarantees, "genetic": genetic}

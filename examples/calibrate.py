@@ -32,7 +32,7 @@ from hf_scan.calibration import (
     oracle_policy,
     shared_threshold_frontier,
 )
-from hf_scan.costs import Prices, count_macs, describe_machine
+from hf_scan.costs import CostModel, count_macs, describe_machine
 from hf_scan.data import eval_transform
 from hf_scan.metrics import ScanAccuracy
 from hf_scan.model.exit_config import EXIT_CONFIG_NAME
@@ -44,7 +44,7 @@ from hf_scan.training.output_dirs import lock_output_folder, replaced_folder
 
 @dataclass
 class CalibrationArguments:
-    """What is wished for, and where the result goes."""
+    """The target, and where the result goes."""
 
     model: str = field(metadata={"help": "A folder with a trained network, or a repository on the Hub."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write into. Defaults to the model's."})
@@ -70,7 +70,7 @@ class CalibrationArguments:
     )
     beta: float = field(
         default=0.5,
-        metadata={"help": "Without a wish: acceleration that a point of accuracy is worth in the genetic search."},
+        metadata={"help": "Without a target: acceleration that a point of accuracy is worth in the genetic search."},
     )
     generations: int = field(default=100, metadata={"help": "Of the genetic search."})
     population_size: int = field(default=50, metadata={"help": "Of the genetic search."})
@@ -82,16 +82,16 @@ class CalibrationArguments:
     measure: bool = field(default=True, metadata={"help": "Measure first what the exits cost here."})
     batch_size: int = field(default=1, metadata={"help": "Images at a time that costs are measured for."})
 
-    def wish(self) -> dict[str, Any]:
+    def target(self) -> dict[str, Any]:
         """As arguments of `calibrate`."""
         names = ("max_accuracy_drop", "min_accuracy", "max_latency_ms", "max_macs", "speedup")
-        wish: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        target: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.max_latency_ms is not None:
-            wish["latency"] = self.latency
+            target["latency"] = self.latency
         if self.guarantee is not None:
-            wish["guarantee"] = RiskBound(self.guarantee, self.delta, self.loss)  # type: ignore[arg-type]
+            target["guarantee"] = RiskBound(self.guarantee, self.delta, self.loss)  # type: ignore[arg-type]
         settings = ("beta", "generations", "population_size")
-        return wish or {**{name: getattr(self, name) for name in settings}, "seed": self.seed or 0}
+        return target or {**{name: getattr(self, name) for name in settings}, "seed": self.seed or 0}
 
 
 def score(model: ScanForImageClassification, table: ExitTable) -> dict[str, float]:
@@ -108,23 +108,27 @@ def score(model: ScanForImageClassification, table: ExitTable) -> dict[str, floa
     )
 
 
-def draw(model: ScanForImageClassification, search: ExitTable, test: ExitTable, prices: Prices, folder: Path) -> None:
+def draw(
+    model: ScanForImageClassification, search: ExitTable, test: ExitTable, cost_model: CostModel, folder: Path
+) -> None:
     """The frontier with the chosen policy, where samples leave, and how far confidences can be trusted."""
     config = model.exit_config
     last = "most confident" if config.fallback == "most_confident" else "ensemble"
     names = [*(f"exit {index}" for index in range(model.num_exits)), last]
-    frontier = exit_frontier(search, config, prices.cumulative)
+    frontier = exit_frontier(search, config, cost_model.cumulative)
     every = config.replace(thresholds=[0.5] * (model.num_exits - 1))
     scores, predictions = search.columns(every)
     columns = model.num_exits + (config.fallback != "deepest")
     right = (predictions == search.labels[:, None])[:, :columns]
-    costs = prices.cumulative(every)[:columns]
+    costs = cost_model.cumulative(every)[:columns]
     points = {
-        "chosen": (config.search["accuracy"], config.search["cost"] * prices.plain_image) if config.search else (0, 0),
-        "deepest exit, without the others": (float((search.deepest == search.labels).mean()), prices.plain_image),
+        "chosen": (config.search["accuracy"], config.search["cost"] * cost_model.plain_image)
+        if config.search
+        else (0, 0),
+        "deepest exit, without the others": (float((search.deepest == search.labels).mean()), cost_model.plain_image),
         "oracle: leaves at the first exit that is right": oracle_policy(right, costs),
     }
-    unit = prices.unit.split(":")[0]
+    unit = cost_model.unit.split(":")[0]
     shared = shared_threshold_frontier(scores[:, :columns], right, costs)
     plot_frontier(frontier, folder / "frontier.png", f"{unit} ({search.split} split)", shared, points)
 
@@ -162,10 +166,10 @@ def main() -> None:
         costs = measure_costs(model.to(memory_format=torch.channels_last), arguments.batch_size)
         model.exit_config = model.exit_config.replace(costs=costs)
 
-    wish = arguments.wish()
+    target = arguments.target()
     names = ("fallback", "criterion", "temperatures", "batch_size")
     settings = {name: getattr(arguments, name) for name in names}
-    model.exit_config = calibrate(model, search, **settings, **wish)
+    model.exit_config = calibrate(model, search, **settings, **target)
     scores = score(model, test)
     rows = {row["name"]: row for row in facts.get("rows", [])}
     plain_accuracy = rows.get("plain backbone", {}).get("accuracy")
@@ -186,9 +190,9 @@ def main() -> None:
         for key, value in (values or {}).items():
             print(f"{name}, {key}: {value}")
 
-    prices = Prices.of(model, arguments.batch_size, macs="max_macs" in wish)
+    cost_model = CostModel.of(model, arguments.batch_size, macs="max_macs" in target)
     with replaced_folder(folder, keep=["*"]) as new:
-        draw(model, search, test, prices, new)
+        draw(model, search, test, cost_model, new)
         model.exit_config.save_pretrained(new, arguments.exit_config_name)
         if arguments.exit_config_name == EXIT_CONFIG_NAME:
             (new / "metrics.json").write_text(json.dumps({**facts, **report}, indent=2) + "\n", encoding="utf-8")

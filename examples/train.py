@@ -35,7 +35,7 @@ from transformers.training_args import OptimizerNames
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments, calibrate
 from hf_scan.calibration import ExitTable, collect_exit_logits, exit_frontier
 from hf_scan.calibration.splits import LEAST_SAMPLES
-from hf_scan.costs import Prices, describe_machine
+from hf_scan.costs import CostModel, describe_machine
 from hf_scan.data import (
     DecodedRows,
     EpochCallback,
@@ -442,12 +442,12 @@ def main() -> None:
 
 def draw_frontier(model: ScanForImageClassification, table: ExitTable, folder: Path) -> dict[str, str]:
     """What thresholds can do for this network, for its card; nothing where there is no Matplotlib."""
-    config, prices = model.exit_config, Prices.of(model)
-    frontier = exit_frontier(table, config, prices.cumulative, polish=False)
+    config, cost_model = model.exit_config, CostModel.of(model)
+    frontier = exit_frontier(table, config, cost_model.cumulative, polish=False)
     search = config.search or {}
-    chosen = {"chosen": (search["accuracy"], search["cost"] * prices.plain_image)}
+    chosen = {"chosen": (search["accuracy"], search["cost"] * cost_model.plain_image)}
     try:
-        plot_frontier(frontier, folder / "frontier.png", f"{prices.unit} ({table.split} split)", points=chosen)
+        plot_frontier(frontier, folder / "frontier.png", f"{cost_model.unit} ({table.split} split)", points=chosen)
     except ImportError as error:
         print(error)
         return {}

@@ -313,7 +313,7 @@ def test_quickstart(tmp_path):
 
 
 def test_calibrate(dataset_folder, tmp_path):
-    """What is wished for is found, tested, drawn and written; what else is in the folder stays."""
+    """A target is met, tested, drawn and written; what else is in the folder stays."""
     folder = tmp_path / "run"
     run(sys.executable, EXAMPLES / "train.py", *flags(dataset_folder, folder))
     before = json.loads((folder / "metrics.json").read_text())

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""From a held-out split and a wish to an [`ExitConfig`]."""
+"""Find an [`ExitConfig`] for a target on a held-out split."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..costs.cost_model import Prices
+from ..costs.cost_model import CostModel
 from ..data.digests import digests_as_text
 from ..model.exit_config import ExitConfig
-from ..model.exit_rule import apply_exit_rule
+from ..model.exit_rule import apply_exit_rule, num_answers
 from .certify import CannotCertifyError, Certificate, RiskBound, certify_answers, check_bound, samples_needed
 from .cross_fitting import least_accuracy_to_ask
-from .exit_frontier import exit_frontier, num_columns
+from .exit_frontier import exit_frontier
 from .exit_table import ExitTable, collect_exit_logits
 from .frontier import Frontier, undominated
 from .genetic import genetic_search
 from .monitor import count_answers
-from .request import ACCURACY_WISHES, _check_roles, _check_wish
-from .splits import apart_from, check_apart, check_not_among, check_usable, saturated
+from .request import ACCURACY_TARGETS, _check_roles, _check_target
+from .splits import check_apart, check_not_among, check_usable, deduplicated, saturated
 
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def calibrate(
     is allowed, or the most accurate that cost no more. Exits that cost more than they save are switched off.
 
     Costs are milliseconds where `model.exit_config.costs` holds what [`~hf_scan.measure_costs`] measured, and MACs
-    otherwise; the result's `search["cost_unit"]` says which. Without a wish, the paper's genetic search weighs both.
+    otherwise; the result's `search["cost_unit"]` says which. Without a target, the paper's genetic search weighs both.
 
-    Thresholds that were chosen as the best of many lose a little more on other images. So what is wished for the
-    accuracy is what other images are expected to have, by cross-fitting ([`least_accuracy_to_ask`]), and the split
+    Thresholds that were chosen as the best of many lose a little more on other images. So a target for the
+    accuracy is for what other images are expected to have, by cross-fitting ([`least_accuracy_to_ask`]), and the split
     itself has no less; it is still as often missed as exceeded. With a `guarantee`, it is seldom missed.
 
     A warning says where the thresholds found are slower than the plain network, and where most scores are exactly 1.0,
@@ -78,15 +78,15 @@ def calibrate(
         max_macs (`float`, *optional*): Most MACs of an image in the mean, e.g. 20e6.
         speedup (`float`, *optional*): Least speed-up over the plain backbone, e.g. 1.5.
         guarantee ([`RiskBound`], *optional*): Has the thresholds certified on images that did not choose them: the
-            cheapest that pass, of those that fulfil the wish; with a wish for speed, the most accurate. It may be the
-            only wish.
+            cheapest that pass, of those that meet the target; with a target for speed, the most accurate. It may be
+            the only target.
         certify_dataset (`datasets.Dataset` or [`ExitTable`], *optional*): The images to certify on. Defaults to a
             random half of `dataset`, which the search then does not see.
         batch_size (`int`, *optional*, defaults to 1): Images at a time that measured costs are taken for. One of the
             sizes measured.
         fallback, criterion, temperatures (*optional*): As in [`ExitConfig`].
         split (`str`, *optional*, defaults to `"search"`): What the split is called in the result.
-        search_kwargs: For [`genetic_search`], where nothing is wished for: `beta`, `seed`, `generations` and so on.
+        search_kwargs: For [`genetic_search`], where no target is given: `beta`, `seed`, `generations` and so on.
             The baseline is the deepest exit's accuracy on the split.
 
     Returns:
@@ -94,9 +94,9 @@ def calibrate(
         `guarantee` what was certified.
 
     Raises:
-        `ValueError`: if no policy fulfils the wish (the message says what the best can do); if the split is too small,
+        `ValueError`: if the target is infeasible (the message says what is achievable); if the split is too small,
             has one class or confidences that are all equal, was trained on or searched on before; if a table is of
-            other weights; or if wishes contradict each other.
+            other weights; or if targets contradict each other.
         `CannotCertifyError`: if the guarantee does not hold on the images to certify on. It says how many would do.
 
     Example:
@@ -112,21 +112,21 @@ def calibrate(
     True
     ```
     """
-    wishes = {
+    targets = {
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
         "max_latency_ms": max_latency_ms,
         "max_macs": max_macs,
         "speedup": speedup,
     }
-    wish = {name: value for name, value in wishes.items() if value is not None}
-    _check_wish(wish, latency, guarantee, certify_dataset, search_kwargs)
+    target = {name: value for name, value in targets.items() if value is not None}
+    _check_target(target, latency, guarantee, certify_dataset, search_kwargs)
     if latency == "p95" and batch_size != 1:
         raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
     rule.replace(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
     known = {name: getattr(model.exit_config, name) for name in ("trained_on", "costs")}
-    prices = Prices.of(model, batch_size, macs="max_macs" in wish, milliseconds="max_latency_ms" in wish)
+    cost_model = CostModel.of(model, batch_size, macs="max_macs" in target, milliseconds="max_latency_ms" in target)
 
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, split)
     tables = [table]
@@ -139,21 +139,21 @@ def calibrate(
             tables.append(collect_exit_logits(model, certify_dataset, "certify"))
     check_apart(model, tables)
     _check_roles(model.exit_config, tables, given=certify_dataset is not None)
-    tables[1:] = [apart_from(one, tables[0]) for one in tables[1:]]
+    tables[1:] = [deduplicated(one, tables[0]) for one in tables[1:]]
     for one in tables:
         check_usable(one, rule)
 
     table = tables[0]
     if hint := saturated(table, rule):
         logger.warning(hint)
-    if not wish and guarantee is None:
-        thresholds, settings = _genetic(table, rule, prices, search_kwargs)
+    if not target and guarantee is None:
+        thresholds, settings = _genetic(table, rule, cost_model, search_kwargs)
         found = {"method": "genetic", **settings}
     else:
-        found = {"method": "exact frontier", **{name: float(value) for name, value in wish.items()}}
-        if "max_latency_ms" in wish:
+        found = {"method": "exact frontier", **{name: float(value) for name, value in target.items()}}
+        if "max_latency_ms" in target:
             found["latency"] = latency
-        frontier = _wished(table, rule, prices, wish, latency, guarantee)
+        frontier = _policies_on_target(table, rule, cost_model, target, latency, guarantee)
         row = 0
         if guarantee is not None:
             try:
@@ -176,7 +176,7 @@ def calibrate(
     config = rule.replace(
         thresholds=thresholds, searched_on=digests_as_text(table.samples), weights=table.model, **known
     )
-    search = {**found, **_facts(table), **_outcome(table, config, prices)}
+    search = {**found, **_facts(table), **_outcome(table, config, cost_model)}
     if search["cost"] > 1 + 1e-9:
         logger.warning(
             f"The thresholds found cost {search['cost']:.3f} times what the plain network does "
@@ -211,7 +211,7 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
     table = dataset if isinstance(dataset, ExitTable) else collect_exit_logits(model, dataset, "certify")
     check_apart(model, [table])
     check_not_among(table, config.searched_on, "The thresholds were searched")
-    table = apart_from(table)
+    table = deduplicated(table)
     check_usable(table, config)
     policy = np.array([[np.nan if threshold is None else threshold for threshold in thresholds]], dtype=float)
     certificate = _certified(table, config, policy, bound)
@@ -219,75 +219,75 @@ def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound:
 
 
 def _genetic(
-    table: ExitTable, rule: ExitConfig, prices: Prices, search_kwargs: dict[str, Any]
+    table: ExitTable, rule: ExitConfig, cost_model: CostModel, search_kwargs: dict[str, Any]
 ) -> tuple[list[float | None], dict[str, Any]]:
     scores, predictions = table.columns(rule)
-    columns = num_columns(table, rule)
+    columns = num_answers(table.num_exits, rule.fallback)
     correct = (predictions == table.labels[:, None])[:, :columns]
     baseline = float(correct[:, table.num_exits - 1].mean())
     settings = {"beta": 0.5, "seed": 0, **search_kwargs}
     # JSON knows no numbers of NumPy.
     settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
-    against = {"baseline_accuracy": baseline, "plain_cost": prices.plain_image}
-    costs = prices.cumulative(rule)[:columns]
+    against = {"baseline_accuracy": baseline, "plain_cost": cost_model.plain_image}
+    costs = cost_model.cumulative(rule)[:columns]
     found = genetic_search(scores[:, :columns], correct, costs, **{**against, **settings})
     settings.pop("progress", None)
     return list(found.thresholds[:-1]), settings
 
 
-def _wished(
+def _policies_on_target(
     table: ExitTable,
     rule: ExitConfig,
-    prices: Prices,
-    wish: dict[str, float],
+    cost_model: CostModel,
+    target: dict[str, float],
     latency: str,
     guarantee: RiskBound | None,
 ) -> Frontier:
-    """The policies of the frontier that fulfil the wish; the first is the one to take, if it need not be certified."""
+    """Return the policies of the frontier that meet the target; the first is taken where none has to be certified."""
     disagreement = guarantee is not None and guarantee.loss == "disagreement"
     truth = table.deepest if disagreement else table.labels
-    name, value = next(iter(wish.items()), ("", 0.0))
+    name, value = next(iter(target.items()), ("", 0.0))
     baseline = float((table.deepest == table.labels).mean())
     least_accuracy = value if name == "min_accuracy" else baseline - value / 100
     if name == "max_latency_ms" and latency == "p95":
-        frontier, fits, best = _mostly_within(table, rule, prices, value, truth)
+        frontier, fits, best = _mostly_within(table, rule, cost_model, value, truth)
     else:
-        frontier = exit_frontier(table, rule, prices.cumulative, truth)
-        if prices.images > 1:
-            frontier = _in_shrinking_batches(table, rule, prices, frontier)
-        if name in ACCURACY_WISHES:
+        frontier = exit_frontier(table, rule, cost_model.cumulative, truth)
+        if cost_model.images > 1:
+            frontier = _in_shrinking_batches(table, rule, cost_model, frontier)
+        if name in ACCURACY_TARGETS:
             frontier, accuracy = _with_accuracy(table, rule, frontier, known=not disagreement)
             fits = accuracy >= least_accuracy - 1e-12
             if guarantee is None and fits.any():
-                asked = _asked(table, rule, prices, least_accuracy)
+                asked = _required_accuracy(table, rule, cost_model, least_accuracy)
                 fits = accuracy >= min(asked, accuracy.max()) - 1e-12
             highest = accuracy.max()
             best = f"the highest accuracy is {highest:.2%}, {100 * (baseline - highest):+.2f} points of drop"
         elif name:
-            fits = frontier.cost <= (prices.plain_image / value if name == "speedup" else value) * (1 + 1e-12)
-            least, unit = frontier.cost.min(), prices.unit.split(",")[0]
-            times = prices.plain_image / least
+            fits = frontier.cost <= (cost_model.plain_image / value if name == "speedup" else value) * (1 + 1e-12)
+            least, unit = frontier.cost.min(), cost_model.unit.split(",")[0]
+            times = cost_model.plain_image / least
             best = f"the least is {least:.5g} {unit} for an image, {times:.2f} times as fast as the plain backbone"
         else:
             fits, best = np.ones(len(frontier), dtype=bool), ""
     if not fits.any():
         raise ValueError(f"No thresholds reach `{name}={value:g}` on this split: {best}.")
     frontier = frontier.select(fits)
-    if name and name not in ACCURACY_WISHES:
+    if name and name not in ACCURACY_TARGETS:
         return frontier.select(np.array([-1]))  # the most accurate
     if guarantee is None:
         return frontier.select(np.array([0]))  # the cheapest
     # What does not keep the bound here is not worth a test there; the safest is tested in any case.
     compared = baseline if guarantee.loss == "gap" else 1.0
-    hopeful = compared - frontier.accuracy <= guarantee.max_drop / 100
-    hopeful[-1] = True
-    frontier = _thinned(frontier.select(hopeful))
+    promising = compared - frontier.accuracy <= guarantee.max_drop / 100
+    promising[-1] = True
+    frontier = _thinned(frontier.select(promising))
     if guarantee.loss == "error" or (name and baseline < least_accuracy):
         return frontier
     # Without early exits nothing is lost for certain, and so it is tested first; on the frontier it need not be.
     plain = np.zeros((1, frontier.thresholds.shape[1]))
     plain[0, : table.num_exits - 1] = np.nan
-    top = Frontier(np.array([compared]), np.array([prices.plain_image]), plain)
+    top = Frontier(np.array([compared]), np.array([cost_model.plain_image]), plain)
     return Frontier(*(np.concatenate(pair) for pair in zip(vars(frontier).values(), vars(top).values())))
 
 
@@ -297,23 +297,23 @@ MOST_POLICIES = 200
 
 
 def _mostly_within(
-    table: ExitTable, rule: ExitConfig, prices: Prices, limit: float, truth: np.ndarray
+    table: ExitTable, rule: ExitConfig, cost_model: CostModel, limit: float, truth: np.ndarray
 ) -> tuple[Frontier, np.ndarray, str]:
     """The frontier of accuracy over the share of images that cost more than a limit, and where that is at most 5 %."""
 
     def costs_of(config: ExitConfig) -> np.ndarray:
-        cumulative = prices.cumulative(config)
+        cumulative = cost_model.cumulative(config)
         return (cumulative > limit) + TIE * cumulative / cumulative[-1]  # how much more only breaks ties
 
     frontier = exit_frontier(table, rule, costs_of, truth)
     return frontier, frontier.cost <= 0.05 + TIE, f"at least {frontier.cost.min():.1%} of the images take longer"
 
 
-def _in_shrinking_batches(table: ExitTable, rule: ExitConfig, prices: Prices, frontier: Frontier) -> Frontier:
+def _in_shrinking_batches(table: ExitTable, rule: ExitConfig, cost_model: CostModel, frontier: Frontier) -> Frontier:
     """The frontier counts full batches; what is left of one takes longer for each image."""
     frontier = _thinned(frontier)
     policies = [rule.replace(thresholds=_as_list(thresholds)) for thresholds in frontier.thresholds]
-    cost = np.array([prices.mean(policy, _shares(table, policy)) for policy in policies])
+    cost = np.array([cost_model.mean(policy, _shares(table, policy)) for policy in policies])
     return Frontier(frontier.accuracy, cost, frontier.thresholds).select(undominated(frontier.accuracy, cost))
 
 
@@ -329,12 +329,12 @@ def _with_accuracy(table: ExitTable, rule: ExitConfig, frontier: Frontier, known
 POLICIES_OF_A_FOLD = 200_000
 
 
-def _asked(table: ExitTable, rule: ExitConfig, prices: Prices, least_accuracy: float) -> float:
-    """The accuracy to ask for on the split, so that other images have the least that is wished for."""
+def _required_accuracy(table: ExitTable, rule: ExitConfig, cost_model: CostModel, least_accuracy: float) -> float:
+    """Return the accuracy to require on the split, so that other images have the target's."""
 
     def frontier_of(rows: np.ndarray) -> Frontier:
         part = table.select(rows)
-        return exit_frontier(part, rule, prices.cumulative, max_policies=POLICIES_OF_A_FOLD, polish=False)
+        return exit_frontier(part, rule, cost_model.cumulative, max_policies=POLICIES_OF_A_FOLD, polish=False)
 
     def accuracies_of(policies: np.ndarray, rows: np.ndarray) -> np.ndarray:
         part = table.select(rows)
@@ -387,20 +387,20 @@ def _facts(table: ExitTable) -> dict[str, Any]:
     return {"split": table.split, "n": len(table), "fingerprint": table.fingerprint}
 
 
-def _outcome(table: ExitTable, config: ExitConfig, prices: Prices) -> dict[str, Any]:
+def _outcome(table: ExitTable, config: ExitConfig, cost_model: CostModel) -> dict[str, Any]:
     """What a configuration gives on a split."""
     answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
-    cost = prices.mean(config, _shares(table, config))
+    cost = cost_model.mean(config, _shares(table, config))
     outcome: dict[str, Any] = {
         "baseline_accuracy": float((table.deepest == table.labels).mean()),
         "accuracy": float((answers.logits.argmax(dim=-1).numpy() == table.labels).mean()),
-        "cost": cost / prices.plain_image,
-        "cost_unit": f"{prices.unit}, as a share of the plain backbone's",
+        "cost": cost / cost_model.plain_image,
+        "cost_unit": f"{cost_model.unit}, as a share of the plain backbone's",
     }
-    if prices.measured is not None:
+    if cost_model.measured is not None:
         outcome["milliseconds"] = {"mean": cost}
-        if prices.images == 1:
-            each = prices.cumulative(config)[_left_at(table, config)]
+        if cost_model.images == 1:
+            each = cost_model.cumulative(config)[_left_at(table, config)]
             outcome["milliseconds"]["p95"] = float(np.quantile(each, 0.95, method="inverted_cdf"))
     return outcome
 

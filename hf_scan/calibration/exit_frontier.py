@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ..model.exit_config import ExitConfig
+from ..model.exit_rule import num_answers
 from .exit_table import ExitTable
 from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undominated
 
@@ -45,7 +46,7 @@ def exit_frontier(
         [`Frontier`]: with a threshold for each exit that can be left at; NaN for those that are off.
     """
     truth = table.labels if truth is None else truth
-    last = num_columns(table, exit_config) - 1
+    last = num_answers(table.num_exits, exit_config.fallback) - 1
     combinations = list(_combinations(table.num_exits - 1))
     problems, found = [], []
     for exits_on in combinations:
@@ -72,11 +73,6 @@ def exit_frontier(
         accuracy[policy], cost[policy] = found[index].accuracy[row], found[index].cost[row]
         policies[policy, columns[:-1]] = found[index].thresholds[row, :-1]
     return Frontier(accuracy, cost, policies)
-
-
-def num_columns(table: ExitTable, exit_config: ExitConfig) -> int:
-    """How many answers a sample can get: one for each exit, and one for a fallback that is not the deepest exit's."""
-    return table.num_exits + (exit_config.fallback != "deepest")
 
 
 def _combinations(early: int) -> Iterator[tuple[int, ...]]:

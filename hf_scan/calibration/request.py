@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Checks of what [`calibrate`] is asked for."""
+"""Checks of the arguments of [`calibrate`]."""
 
 import inspect
 from typing import Any
@@ -26,8 +26,8 @@ def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> No
         check_not_among(tables[1], config.searched_on, "Thresholds were searched")
 
 
-def _check_wish(
-    wish: dict[str, float],
+def _check_target(
+    target: dict[str, float],
     latency: str,
     guarantee: RiskBound | None,
     certify_dataset: Any,
@@ -35,18 +35,16 @@ def _check_wish(
 ) -> None:
     if guarantee is not None:
         check_bound(guarantee)
-    for name, value in wish.items():
+    for name, value in target.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"`{name}` is {value!r}; expected a number.")
-    if len(wish) > 1:
-        raise ValueError(f"{' and '.join(f'`{name}`' for name in wish)} are given; expected one wish at a time.")
-    if (wish or guarantee is not None) and search_kwargs:
-        raise TypeError(
-            f"{sorted(search_kwargs)} are for the genetic search, which is for when nothing is wished for."
-        )
+    if len(target) > 1:
+        raise ValueError(f"{' and '.join(f'`{name}`' for name in target)} are given; pass one of them.")
+    if (target or guarantee is not None) and search_kwargs:
+        raise TypeError(f"{sorted(search_kwargs)} are for the genetic search, which runs where no target is given.")
     if unknown := sorted(set(search_kwargs) - set(inspect.signature(genetic_search).parameters)):
         raise TypeError(
-            f"`calibrate` knows no {unknown}; expected one of its wishes, or settings of `genetic_search`."
+            f"`calibrate` knows no {unknown}; expected one of its targets, or settings of `genetic_search`."
         )
     if certify_dataset is not None and guarantee is None:
         raise ValueError(
@@ -54,7 +52,7 @@ def _check_wish(
         )
     if latency not in ("mean", "p95"):
         raise ValueError(f"`latency` is {latency!r}; expected 'mean' or 'p95'.")
-    for name, value in wish.items():
+    for name, value in target.items():
         if name == "min_accuracy" and not 0 < value <= 1:
             raise ValueError(f"`min_accuracy` is {value}; expected a share in (0, 1], such as 0.95.")
         if name == "max_accuracy_drop" and not -100 <= value <= 100:
@@ -63,7 +61,7 @@ def _check_wish(
             raise ValueError(f"`{name}` is {value}; expected a number above 0.")
 
 
-ACCURACY_WISHES = ("max_accuracy_drop", "min_accuracy")
+ACCURACY_TARGETS = ("max_accuracy_drop", "min_accuracy")
 
 
-__all__ = ["ACCURACY_WISHES"]
+__all__ = ["ACCURACY_TARGETS"]

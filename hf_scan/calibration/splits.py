@@ -151,7 +151,7 @@ def _check_not_among_part(table: ExitTable, digests: str, what: str) -> None:
         )
 
 
-def apart_from(table: ExitTable, other: ExitTable | None = None) -> ExitTable:
+def deduplicated(table: ExitTable, other: ExitTable | None = None) -> ExitTable:
     """A split without images that are there twice or in another one: a test counts each as one of many at random."""
     first = np.zeros(len(table), dtype=bool)
     first[np.unique(table.samples, return_index=True)[1]] = True

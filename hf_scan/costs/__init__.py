@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Costs of stages and heads: multiplications counted, milliseconds measured, speed-ups predicted and realised."""
 
-from .cost_model import Prices
+from .cost_model import CostModel
 from .measure import (
     count_macs,
     count_parameters,
@@ -14,9 +14,9 @@ from .values import ExitCosts, MeasuredCosts, RealisedSpeedup, predicted_speedup
 
 
 __all__ = [
+    "CostModel",
     "ExitCosts",
     "MeasuredCosts",
-    "Prices",
     "RealisedSpeedup",
     "count_macs",
     "count_parameters",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prices:
+class CostModel:
     """
     What answers cost, in one unit.
 
@@ -38,7 +38,7 @@ class Prices:
     @classmethod
     def of(
         cls, model: "ScanForImageClassification", batch_size: int = 1, macs: bool = False, milliseconds: bool = False
-    ) -> "Prices":
+    ) -> "CostModel":
         """
         Milliseconds where they were measured, MACs where not.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..costs.measure import count_macs
 from ..costs.values import MeasuredCosts, RealisedSpeedup, predicted_speedup
+from ..model.exit_rule import last_answer
 
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def exit_report(
     }
 
     rows: list[dict[str, Any]] = []
+    last = last_answer(model.exit_config.fallback)
     for index in range(model.num_exits + 1):
-        last = "most_confident" if model.exit_config.fallback == "most_confident" else "ensemble"
         ensemble = index == model.num_exits
         key = last if ensemble else f"exit_{index}"
         row: dict[str, Any] = {
@@ -103,7 +104,7 @@ def exit_table(report: Mapping[str, Any]) -> str:
     rows = report["rows"]
     plain_macs = rows[-1]["macs"]
     batch_sizes = list(rows[-1]["milliseconds"])
-    head = ["", "accuracy", "leave when above", "share", "MACs", "x plain", *(f"ms, batch {b}" for b in batch_sizes)]
+    head = ["", "accuracy", "threshold", "share", "MACs", "x plain", *(f"ms, batch {b}" for b in batch_sizes)]
     table = [head]
     for row in rows:
         threshold = row.get("threshold")

@@ -100,10 +100,10 @@ def test_many_exits():
 
 @pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
 @pytest.mark.parametrize(
-    "wish", [{"max_accuracy_drop": 1.0}, {"min_accuracy": 0.8}, {"max_macs": 4e6}, {"speedup": 1.6}], ids=str
+    "target", [{"max_accuracy_drop": 1.0}, {"min_accuracy": 0.8}, {"max_macs": 4e6}, {"speedup": 1.6}], ids=str
 )
-def test_wishes_come_true_on_the_split(network, tables, wish, fallback):
-    config = calibrate(network, tables[0], fallback=fallback, **wish)
+def test_targets_are_met_on_the_split(network, tables, target, fallback):
+    config = calibrate(network, tables[0], fallback=fallback, **target)
     macs = count_macs(network)
     accuracy, _ = accuracy_and_cost(tables[0], config, macs)
     leaving = apply_exit_rule(
@@ -116,7 +116,7 @@ def test_wishes_come_true_on_the_split(network, tables, wish, fallback):
         "min_accuracy": accuracy >= 0.8,
         "max_macs": cost <= 4e6 + 1,
         "speedup": macs.plain / cost >= 1.6 - 1e-6,
-    }[next(iter(wish))]
+    }[next(iter(target))]
     assert config.search["accuracy"] == pytest.approx(accuracy)
     assert config.search["cost"] == pytest.approx(cost / macs.plain)
     assert config.search["cost_unit"].startswith("MACs, computed")
@@ -205,7 +205,7 @@ def test_batches(tables):
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("target", "message"),
     [
         (
             {"min_accuracy": 0.999},
@@ -216,14 +216,14 @@ def test_batches(tables):
         ({"max_macs": 10.0}, "the least is"),
         ({"min_accuracy": 95}, r"expected a share in \(0, 1\]"),
         ({"speedup": 0}, "`speedup` is 0; expected a number above 0"),
-        ({"speedup": 2, "max_macs": 1e6}, "expected one wish at a time"),
+        ({"speedup": 2, "max_macs": 1e6}, "pass one of them"),
         ({"max_latency_ms": 1.0, "latency": "p50"}, "expected 'mean' or 'p95'"),
         ({"certify_dataset": []}, "without a `guarantee`"),
     ],
 )
-def test_wishes_that_cannot_be(network, tables, wish, message):
+def test_infeasible_targets(network, tables, target, message):
     with pytest.raises(ValueError, match=message):
-        calibrate(network, tables[0], **wish)
+        calibrate(network, tables[0], **target)
 
 
 def test_settings_of_the_genetic_search_are_not_ignored(network, tables):
@@ -527,7 +527,7 @@ def test_a_warning_says_what_the_next_thresholds_need(network, tables, caplog):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "kind", "message"),
+    ("targets", "kind", "message"),
     [
         ({"guarantee": 1.0}, TypeError, "The guarantee is 1.0; expected a `RiskBound`"),
         ({"max_accuracy_drop": "0.5"}, TypeError, "`max_accuracy_drop` is '0.5'; expected a number"),
@@ -539,9 +539,9 @@ def test_a_warning_says_what_the_next_thresholds_need(network, tables, caplog):
         ),
     ],
 )
-def test_wishes_of_the_wrong_kind(network, tables, wishes, kind, message):
+def test_targets_of_the_wrong_kind(network, tables, targets, kind, message):
     with pytest.raises(kind, match=message):
-        calibrate(network, tables[0], **wishes)
+        calibrate(network, tables[0], **targets)
 
 
 def test_bounds_are_numbers():

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_scan.model.exit_rule import answering_column
+from hf_scan.model.exit_rule import answering_column, last_answer, num_answers
 
 
 _CITATION = """\
@@ -81,13 +81,12 @@ class ScanAccuracy(evaluate.Metric):
         scores |= {f"exit_{index}_accuracy": accuracies[index] for index in range(num_exits)}
         if fallback not in ("ensemble", "deepest", "most_confident"):
             raise ValueError(f"`fallback` is {fallback!r}; expected 'ensemble', 'deepest' or 'most_confident'.")
-        last = "most_confident" if fallback == "most_confident" else "ensemble"
+        last = last_answer(fallback)
         scores[f"{last}_accuracy"] = accuracies[num_exits]
         if thresholds is not None:
             if len(thresholds) not in (num_exits, num_exits - 1):
                 raise ValueError(f"There are {len(thresholds)} thresholds; expected {num_exits} or {num_exits - 1}.")
-            # The columns that can answer: with the deepest as fallback, the ensemble's does not.
-            columns = num_exits + (fallback != "deepest")
+            columns = num_answers(num_exits, fallback)
             limits = [*thresholds, None][: columns - 1]
             answers = answering_column(confidences[:, :columns], limits)
             scores["adaptive_accuracy"] = np.take_along_axis(correct, answers[:, None], axis=1).mean()
