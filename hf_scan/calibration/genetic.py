@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The paper's threshold search: a genetic algorithm with a gene of bits for each classifier."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,14 +99,8 @@ def genetic_search(
     ```
     """
     confidences, correct, costs = check_table(confidences, correct, costs)
+    _check_confidences(confidences)
     genes = confidences.shape[1] - 1
-    if genes == 0:
-        raise ValueError("`confidences` has one column, so that there is no threshold to search.")
-    if confidences.min() < 0 or confidences.max() > 1:
-        raise ValueError(
-            f"`confidences` lie between {confidences.min():.3g} and {confidences.max():.3g}; thresholds are searched "
-            "in [0, 1], so bring them there."
-        )
     plain_cost = float(costs[-1]) if plain_cost is None else plain_cost
     limits = (
         ("plain_cost", plain_cost, 0, float("inf")),
@@ -117,23 +112,13 @@ def genetic_search(
         ("crossover_probability", crossover_probability, 0, 1),
         ("mutated_bits", mutated_bits, 0, genes * bits),
     )
-    for name, value, least, most in limits:
-        if not (least <= value <= most and value < float("inf")):
-            raise ValueError(f"`{name}` is {value}; expected a number from {least} to {most}.")
+    _check_settings(limits)
     baseline = correct[:, -1].mean() if baseline_accuracy is None else baseline_accuracy
-    lowest = round(1 - threshold_range, 10)
-    possible = [
-        (np.unique([lowest, *scores[scores > lowest]]).astype(np.float64), possible_thresholds(scores, low=lowest))
-        for scores in confidences[:, :genes].T
-    ]
+    between_scores = _between_scores(confidences[:, :genes], round(1 - threshold_range, 10))
 
     def decode(solutions: np.ndarray) -> np.ndarray:
-        thresholds = np.round(1 - threshold_range * np.reshape(solutions, (-1, genes, bits)).mean(axis=-1), 10)
-        for column, (values, middles) in enumerate(possible):
-            # A threshold on a score exits only the samples above it, as one halfway to the next score does.
-            place = np.searchsorted(middles, values[np.searchsorted(values, thresholds[:, column], side="right") - 1])
-            thresholds[:, column] = np.where(thresholds[:, column] < 1, middles[place], 1.0)
-        return thresholds
+        shares = np.reshape(solutions, (-1, genes, bits)).mean(axis=-1)
+        return between_scores(np.round(1 - threshold_range * shares, 10))
 
     def fitness(algorithm: pygad.GA, solutions: np.ndarray, indices: object) -> list[float]:
         accuracy, cost = evaluate_policies(confidences, correct, costs, decode(np.asarray(solutions)))
@@ -173,3 +158,38 @@ def genetic_search(
     return GeneticSearchResult(
         [*thresholds[0].tolist(), 0.0], float(accuracy[0]), float(cost[0]), float(best), history
     )
+
+
+def _check_confidences(confidences: np.ndarray) -> None:
+    if confidences.shape[1] == 1:
+        raise ValueError("`confidences` has one column, so that there is no threshold to search.")
+    if confidences.min() < 0 or confidences.max() > 1:
+        raise ValueError(
+            f"`confidences` lie between {confidences.min():.3g} and {confidences.max():.3g}; thresholds are searched "
+            "in [0, 1], so bring them there."
+        )
+
+
+def _check_settings(limits: Iterable[tuple[str, float, float, float]]) -> None:
+    """Check that numbers, given by name, are finite and between two others."""
+    for name, value, least, most in limits:
+        if not (least <= value <= most and value < float("inf")):
+            raise ValueError(f"`{name}` is {value}; expected a number from {least} to {most}.")
+
+
+def _between_scores(confidences: np.ndarray, lowest: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that moves thresholds, `(policies, columns)`, halfway between the scores they lie between."""
+    possible = [
+        (np.unique([lowest, *scores[scores > lowest]]).astype(np.float64), possible_thresholds(scores, low=lowest))
+        for scores in confidences.T
+    ]
+
+    def move(thresholds: np.ndarray) -> np.ndarray:
+        moved = np.ones_like(thresholds)
+        for column, (values, middles) in enumerate(possible):
+            # A threshold on a score exits only the samples above it, as one halfway to the next score does.
+            place = np.searchsorted(middles, values[np.searchsorted(values, thresholds[:, column], side="right") - 1])
+            moved[:, column] = np.where(thresholds[:, column] < 1, middles[place], 1.0)
+        return moved
+
+    return move

@@ -228,7 +228,7 @@ def test_realised_speedup_is_of_what_it_says(images, monkeypatch, refilled):
     assert measured.shares == pytest.approx((torch.bincount(answers, minlength=4) / 24).tolist())
 
 
-def whole_networks(monkeypatch, model) -> list[int]:
+def whole_networks(model) -> list[int]:
     """Compile the stages, and note how often a compiled form of the whole backbone runs."""
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.backbone.modules())
     runs = []
@@ -247,12 +247,12 @@ def whole_networks(monkeypatch, model) -> list[int]:
     return runs
 
 
-def test_compiled_stages_are_compared_with_a_compiled_network(images, monkeypatch):
+def test_compiled_stages_are_compared_with_a_compiled_network(images):
     """In what is realised, and in the costs from which speed-ups are predicted."""
     torch.compiler.reset()
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.6, 0.7])
-    runs = whole_networks(monkeypatch, model)
+    runs = whole_networks(model)
     realised_speedup(model, images[:8], batch_size=4, rounds=3)
     assert len(runs) == 2 * (2 + 2 + 3)  # batches, and calls that warm up, tell how long one takes, and are measured
     runs.clear()
