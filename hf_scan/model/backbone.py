@@ -7,35 +7,53 @@ import timm
 from timm.data import resolve_data_config
 
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
+from .weight_files import limited_tensors, most_tensors
+
+
+# What timm raises for arguments that it does not take.
+NOT_MADE = (
+    *(RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError),
+    NotImplementedError,
+)
 
 
 def create_backbone(config: ScanConfig) -> Any:
-    return create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
+    """Create a backbone with timm's initialisation. While weights are loaded, it may not be far larger than they."""
+    with limited_tensors(most_tensors(config.truncated)):
+        return create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
 
 
 def backbone_arguments(config: ScanConfig) -> dict[str, Any]:
-    """What `timm.create_model` is given of a configuration, besides the number of classes."""
+    """Return what `timm.create_model` is given of a configuration, besides the number of classes."""
     arguments = {"in_chans": config.num_channels, **config.backbone_kwargs}
     return {**size_argument(config.backbone, config.image_size), **arguments}
 
 
 def size_argument(name: str, image_size: int | None) -> dict[str, int]:
-    """Only networks that are made for one size are told it. A name with a source is looked up by timm itself."""
+    """Return the image size as an argument of networks that are made for one. timm looks a name with a source up."""
     pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
     fixed = image_size is not None and pretrained_cfg is not None and pretrained_cfg.fixed_input_size
     return {"img_size": image_size} if fixed else {}  # type: ignore[dict-item]
 
 
 def create_timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """
+    Create a model of timm.
+
+    Raises:
+        `ValueError`: if timm cannot make it of these arguments, for which it raises errors of many kinds.
+    """
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (RuntimeError, TypeError) as error:
+    except NOT_MADE as error:
+        said = str(error) if isinstance(error, (RuntimeError, TypeError)) and str(error) else repr(error)
         raise ValueError(
-            f"timm cannot make {name!r} with {kwargs}: {error}. Correct the name or `backbone_kwargs`."
+            f"timm cannot make {name!r} with {kwargs}: {said}. Correct the name or `backbone_kwargs`."
         ) from error
 
 
 def timm_preprocessing(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return how a model of timm wants images prepared."""
     settings = resolve_data_config(pretrained_cfg=pretrained_cfg)
     # As JSON gives them back.
     values = {name: settings[name] for name in sorted(PREPROCESSING_KEYS)}

@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +167,7 @@ class ExitConfig:
     trained_on: str | None = None
     searched_on: str | None = None
     costs: dict[str, Any] | None = None
-    weights: str | None = None
+    weights: str | None = field(default=None, compare=False)  # so that a copy that was saved equals what it is of
 
     # Not `validate_*` methods of a strict dataclass, whose errors are no `ValueError`, and which miss assignments.
     def __setattr__(self, name: str, value: Any) -> None:
@@ -356,7 +356,7 @@ class ExitConfig:
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
         """
-        self._check_savable()
+        self.check_savable()
         check_file_name(filename)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -383,7 +383,7 @@ class ExitConfig:
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
         """
-        self._check_savable()
+        self.check_savable()
         check_file_name(filename)
         kwargs = {"commit_message": f"Upload {filename}", **kwargs}
         subfolder = kwargs.pop("subfolder", None)
@@ -392,7 +392,8 @@ class ExitConfig:
             path_or_fileobj=self.to_json().encode(), path_in_repo=path, repo_id=repo_id, **kwargs
         )
 
-    def _check_savable(self) -> None:
+    def check_savable(self) -> None:
+        """Raise a `ValueError` if the criterion is a function, or the guarantee of another rule."""
         if self.guarantee is not None:
             _check_guarantee(self.guarantee, self.rule)  # a list of thresholds may have been changed in place
         if callable(self.criterion):
@@ -402,4 +403,16 @@ class ExitConfig:
             )
 
 
-__all__ = ["EXIT_CONFIG_NAME", "PROVENANCE", "RULE", "ExitConfig"]
+def as_exit_config(value: object) -> ExitConfig:
+    """Return an exit configuration, of a dictionary too. Raise a `TypeError` for anything else."""
+    if isinstance(value, ExitConfig):
+        return value
+    if isinstance(value, dict):
+        return ExitConfig().replace(**value)
+    raise TypeError(
+        f"`exit_config` is a {type(value).__name__}; expected an `ExitConfig`, or a dictionary of its fields such as "
+        "{'thresholds': [0.9, 0.9]}."
+    )
+
+
+__all__ = ["EXIT_CONFIG_NAME", "PROVENANCE", "RULE", "ExitConfig", "as_exit_config"]

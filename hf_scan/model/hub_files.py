@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Files from the Hub: of one commit, whole, and missing only where the Hub says so."""
+"""Download pinned, checksum-verified files."""
 
 import hashlib
 import os
@@ -17,15 +17,34 @@ from transformers.utils import CONFIG_NAME, hub, logging
 
 logger = logging.get_logger(__name__)
 
+LARGEST_JSON = 2**26  # bytes; labels of a million classes take less
+
 
 def check_file_name(filename: str) -> None:
-    """Raises a `ValueError` for a name that leads out of the folder or the repository."""
+    """Raise a `ValueError` for a name that leads out of the folder or the repository."""
     parts = Path(filename).parts
     if not parts or os.path.isabs(filename) or ".." in parts or "\\" in filename:
         raise ValueError(f"{filename!r} is not the name of a file in a folder or a repository, such as 'fast.json'.")
 
 
-def pinned(
+def _check_regular(path: Path) -> None:
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise OSError(
+            f"{path} is no regular file but a folder, a pipe, a device or a dangling link, and is not read. Remove "
+            "it, or save or download the model again."
+        )
+    if path.suffix == ".json" and path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise OSError(f"{path} has more than {LARGEST_JSON:,} bytes, and is not read. Save or download it again.")
+
+
+def check_regular_files(folder: Path) -> None:
+    """Raise an `OSError` if a file that a model is loaded from would block a reader, or fill memory."""
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if path.suffix in (".json", ".safetensors"):
+            _check_regular(path)
+
+
+def resolve_revision(
     name: str | os.PathLike[str],
     revision: str | None = None,
     token: bool | str | None = None,
@@ -33,8 +52,9 @@ def pinned(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> str | None:
     """
-    The commit that a branch or a tag stands for now, so that all files are of the same. A revision that cannot be
-    resolved, that of a folder, and all with a version of Transformers that resolves none, are returned as they are.
+    Return the commit that a branch or a tag points at now, so that all files come from the same. A revision that
+    cannot be resolved, that of a folder, and any with a version of Transformers that resolves none, are returned as
+    they are.
     """
     resolve = getattr(hub, "resolve_revision", None)
     if resolve is None or os.path.isdir(name):
@@ -55,11 +75,11 @@ def find_file(
     force_download: bool = False,
 ) -> Path | None:
     """
-    Finds a file in a folder, in the cache or on the Hub.
+    Find a file in a folder, in the cache or on the Hub.
 
     Returns:
-        `Path`, *optional*: `None` if there is no such file, as far as can be known: offline, what was never asked for
-        is missed with a warning where other files of the model are there.
+        `Path`, *optional*: `None` if there is no such file, as far as can be known: offline, a file that was never
+        asked for is taken to be missing, with a warning, where other files of the model are cached.
 
     Raises:
         `OSError`: if it cannot be known, or the repository cannot be read.
@@ -67,6 +87,7 @@ def find_file(
     check_file_name(filename)
     if os.path.isdir(name):
         path = Path(name, subfolder, filename)
+        _check_regular(path)
         return path if path.is_file() else None
     place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     options: dict[str, Any] = {"local_files_only": local_files_only, "force_download": force_download}
@@ -94,27 +115,30 @@ def find_file(
 
 
 @contextmanager
-def checked_downloads(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+def checked_downloads(name: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     """
-    Compares the checksums of the files that come from the Hub meanwhile, which the client does not, and takes those
-    that are damaged out of the cache. They are known there by what the Hub says their checksum is.
+    Compare the checksums of the files that come from the Hub meanwhile, which the client does not, and remove those
+    that are damaged from the cache, where files are named by the checksum that the Hub gives.
     """
+    if name is None:
+        yield
+        return
     started = time.time() - 2  # file systems are not that exact
     try:
         yield
     except Exception:
-        _take_out_damaged(name, cache_dir, started)
+        _remove_damaged(name, cache_dir, started)
         raise
-    _take_out_damaged(name, cache_dir, started)
+    _remove_damaged(name, cache_dir, started)
 
 
-def _take_out_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
+def _remove_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
     # A folder has no place in the cache, nor has anything else that is no name of a repository.
     cached = Path(cache_dir or HF_HUB_CACHE, "--".join(["models", *str(name).split("/")]), "blobs")
     damaged = []
     for blob in cached.iterdir() if not os.path.isdir(name) and cached.is_dir() else ():
         with suppress(FileNotFoundError):  # another process tidies up
-            if blob.stat().st_mtime >= started and not _is_what_it_is_called(blob):
+            if blob.stat().st_mtime >= started and not _has_named_checksum(blob):
                 blob.unlink()
                 damaged.append(blob)
     if damaged:
@@ -124,8 +148,8 @@ def _take_out_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike
         )
 
 
-def _is_what_it_is_called(blob: Path) -> bool:
-    """Whether a file of the cache has the checksum it is named by: SHA-256, or, of a small one, git's or SHA-1."""
+def _has_named_checksum(blob: Path) -> bool:
+    """Return whether a cached file has the checksum it is named by: SHA-256, or, if it is small, git's or SHA-1."""
     algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
     if algorithm is None:
         return True

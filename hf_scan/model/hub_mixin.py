@@ -9,21 +9,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, is_peft_available, logging
 
-from .exit_config import EXIT_CONFIG_NAME, ExitConfig
-from .hub_files import checked_downloads, find_file, pinned
+from .backbone import create_backbone
+from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
+from .hub_files import check_regular_files, checked_downloads, find_file, resolve_revision
 from .image_processing_scan import create_image_processor
+from .provenance import join_trained_on
+from .staged_folder import finish, staged
+from .weight_files import (
+    SAFETENSORS_DTYPES,
+    CheckpointWeights,
+    DamagedWeightsError,
+    being_loaded,
+    check_fits,
+    find_weight_files,
+    folder_state,
+)
 
 
 logger = logging.get_logger(__name__)
 
 
 ADAPTER = "adapter_config.json"
+LOAD_ATTEMPTS = 5
+# What invalid values in a configuration raise in Transformers, timm and PyTorch.
+INVALID = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, StrictDataclassError)
 # What a checkpoint consists of in one form or another, and a push replaces. (In folders of the repository, too, may be
 # files of these names: they are not meant.)
 OBSOLETE = [
@@ -55,87 +71,182 @@ answer = {call}  # `image` as the model's image processor prepares it
 class HubMixin(PreTrainedModel):
     """Loading, saving and pushing for [`ScanForImageClassification`]."""
 
+    @property
+    def exit_config(self) -> ExitConfig:
+        """
+        The rule by which the network exits, saved beside the weights. Whatever is assigned, its `trained_on` keeps the
+        images that these weights are known to have been trained on: they belong to the weights, not to the rule.
+        """
+        return self._exit_config
+
+    @exit_config.setter
+    def exit_config(self, value: ExitConfig | dict[str, Any]) -> None:
+        exit_config = as_exit_config(value)
+        before = vars(self).get("_exit_config")
+        if before is not None:
+            trained_on = join_trained_on(before.trained_on, exit_config.trained_on)
+            if trained_on != exit_config.trained_on:
+                exit_config = exit_config.replace(trained_on=trained_on)
+        self._exit_config = exit_config
+
+    def get_input_embeddings(self) -> None:
+        """Return `None`: there are no token embeddings. Quantisation by torchao asks."""
+
+    def post_init(self) -> None:
+        weights = being_loaded.get()
+        if weights is not None and weights.shapes:
+            tensors = {**dict(self.named_parameters()), **_persistent_buffers(self)}
+            quantized = getattr(self.config, "quantization_config", None) is not None
+            check_fits(weights, tensors, f"{self.base_model_prefix}.", quantized)
+        super().post_init()
+
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
-        exit_config: ExitConfig | str | None = None,
+        exit_config: ExitConfig | dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], and loads the exit configuration beside the weights, of
-        the same commit.
+        Load a network as [`~transformers.PreTrainedModel.from_pretrained`] does, with the exit configuration beside
+        the weights, of the same commit. Thresholds that were found for other weights are left out with a warning.
 
         Args:
-            exit_config ([`ExitConfig`] or `str`, *optional*): Used instead of the checkpoint's `exit_config.json`; or
-                the name of another file there.
+            pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the Hub; `None` with `config`
+                and `state_dict`.
+            exit_config ([`ExitConfig`], `dict` or `str`, *optional*): Used instead of the checkpoint's
+                `exit_config.json`; a name is that of another file there.
 
         Raises:
             `OSError`: if there are no weights, or they are damaged; if a file came from the Hub with another checksum
                 than it has there. It is taken out of the cache again.
-            `ValueError`: if the configuration is another model's, the weights lack some of the backbone's, or the
-                exit configuration is not valid.
+            `ValueError`: if the configuration is invalid, another model's or of a much larger network, the weights
+                lack some of the backbone's, or the exit configuration is invalid.
+            `RuntimeError`: if weights have another shape, and `ignore_mismatched_sizes` is not given.
         """
         loading_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True  # Transformers would fall back to a pickle
-        _check_shards(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-        names = ("token", "local_files_only", "cache_dir")
-        access = {name: kwargs[name] for name in names if name in kwargs}
-        kwargs["revision"] = pinned(pretrained_model_name_or_path, kwargs.get("revision"), **access)
-        where = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}
-        if is_peft_available() and find_file(pretrained_model_name_or_path, ADAPTER, **access, **where) is not None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds {ADAPTER!r}, by which Transformers would load what that names "
-                "instead. Adapters are not supported; remove the file."
+        name = pretrained_model_name_or_path
+        if name is not None and os.path.isdir(name):
+            model, info = cls._load_unchanged(
+                Path(name, kwargs.get("subfolder") or ""), name, model_args, kwargs, exit_config
             )
+        else:
+            model, info = cls._load(name, model_args, kwargs, exit_config)
+        return (model, info) if loading_info else model
+
+    @classmethod
+    def _load_unchanged(
+        cls,
+        folder: Path,
+        name: str | os.PathLike[str],
+        model_args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exit_config: ExitConfig | dict[str, Any] | str | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Load a folder as it is at one moment: anew where it is saved to meanwhile."""
+        for attempt in range(LOAD_ATTEMPTS):
+            finish(folder)
+            check_regular_files(folder)
+            before = folder_state(folder)
+            try:
+                return_value = cls._load(name, model_args, dict(kwargs), exit_config)
+            except Exception:
+                if attempt == LOAD_ATTEMPTS - 1 or folder_state(folder) == before:
+                    raise
+                continue
+            if folder_state(folder) == before:
+                return return_value
+        raise OSError(
+            f"{name} changed each of the {LOAD_ATTEMPTS} times that it was loaded. Load it when it is saved."
+        )
+
+    @classmethod
+    def _load(
+        cls,
+        name: str | os.PathLike[str] | None,
+        model_args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exit_config: ExitConfig | dict[str, Any] | str | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        access: dict[str, Any] = {
+            key: kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in kwargs
+        }
+        if name is not None:
+            _check_shards(name, kwargs.get("subfolder") or "")
+            kwargs["revision"] = resolve_revision(name, kwargs.get("revision"), **access)
+            _check_no_adapter(name, kwargs, access)
+        weights = _weights_to_load(name, kwargs, access)
+        token = being_loaded.set(weights)
         try:
-            with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-                )
+            model, info = cls._load_weights(name, model_args, kwargs)
+        finally:
+            being_loaded.reset(token)
+        _check_backbone_is_whole(name, info)
+        _initialise_as_timm(model, [key for key, *_ in info["mismatched_keys"]])
+        if name is None:
+            found = ExitConfig() if exit_config is None else exit_config
+        else:
+            found = cls._find_exit_config(name, exit_config, model, kwargs, access)
+        changed = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
+        given = isinstance(exit_config, (ExitConfig, dict))
+        model.exit_config = _of_these_weights(as_exit_config(found), model, weights, changed and not given)
+        if model.exit_config.thresholds is not None:
+            model.exit_config.resolve(model.num_exits)
+        return model, info
+
+    @classmethod
+    def _load_weights(
+        cls, name: str | os.PathLike[str] | None, model_args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Call Transformers, and say what its errors are about."""
+        try:
+            with checked_downloads(name, kwargs.get("cache_dir")):
+                return super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise OSError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the file is truncated or "
-                "is not a safetensors file. Save or download it again."
-            ) from error
+            weights = being_loaded.get()
+            if weights is not None:
+                _ = weights.headers  # names the file, if its header shows the damage
+            raise DamagedWeightsError(name, error) from error
+        except DamagedWeightsError:
+            raise
         except OSError as error:
-            if not os.path.isdir(pretrained_model_name_or_path):
+            if name is None or not os.path.isdir(name):
                 raise
             raise OSError(
-                f"{pretrained_model_name_or_path} holds no model that can be loaded ({error}). Write one there with "
-                "`save_pretrained`, or name the folder that holds it."
+                f"{name} holds no model that can be loaded ({error}). Write one there with `save_pretrained`, or name "
+                "the folder that holds it."
             ) from error
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
-        if missing:
+        except INVALID as error:
+            if name is None or "unexpected keyword argument" in str(error):
+                raise
+            said = " ".join(str(error).split()) or "no reason is given"
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} lack {len(missing)} of the backbone's, the first "
-                f"being {missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
-            )
-        if not isinstance(exit_config, ExitConfig):
-            given = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
-            settings = {name: kwargs[name] for name in given if name in kwargs}
-            # The commit of the weights, though there may be a newer one by now. What could not be resolved before the
-            # load has been written down by it; older versions of Transformers note it in the configuration.
-            revision = getattr(model.config, "_commit_hash", None) or pinned(
-                pretrained_model_name_or_path, kwargs["revision"], **{**access, "local_files_only": True}
-            )
-            exit_config = ExitConfig.from_pretrained(
-                pretrained_model_name_or_path, exit_config or EXIT_CONFIG_NAME, revision=revision, **settings
-            )
-            other = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
-            if other and exit_config.costs is not None:
-                exit_config = exit_config.replace(costs=None)
-            if other and exit_config.thresholds is not None:
-                logger.warning(
-                    "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it "
-                    "and are left out. Find others with `hf_scan.calibrate` once the model is trained."
-                )
-                exit_config = exit_config.replace(thresholds=None, temperatures=None)
-        if exit_config.thresholds is not None:
-            exit_config.resolve(model.num_exits)
-        model.exit_config = exit_config
-        return (model, info) if loading_info else model
+                f"config.json of {name}, or an argument that overrides it, describes no network that can be made: "
+                f"{kind}{said}"
+            ) from error
+
+    @classmethod
+    def _find_exit_config(
+        cls,
+        name: str | os.PathLike[str],
+        exit_config: ExitConfig | dict[str, Any] | str | None,
+        model: Any,
+        kwargs: dict[str, Any],
+        access: dict[str, Any],
+    ) -> ExitConfig | dict[str, Any]:
+        if exit_config is not None and not isinstance(exit_config, str):
+            return exit_config
+        given = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
+        settings = {key: kwargs[key] for key in given if key in kwargs}
+        # The commit of the weights, though there may be a newer one by now. What could not be resolved before the load
+        # has been written down by it; older versions of Transformers note it in the configuration.
+        revision = getattr(model.config, "_commit_hash", None) or resolve_revision(
+            name, kwargs["revision"], **{**access, "local_files_only": True}
+        )
+        return ExitConfig.from_pretrained(name, exit_config or EXIT_CONFIG_NAME, revision=revision, **settings)
 
     def save_pretrained(
         self,
@@ -146,33 +257,63 @@ class HubMixin(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`], with `exit_config.json` beside the weights, and the
-        backbone's preprocessing where the folder has none yet.
+        Save the network as [`~transformers.PreTrainedModel.save_pretrained`] does, with `exit_config.json` beside the
+        weights, and the backbone's preprocessing where the folder has none yet. Files are written beside those that
+        are there and renamed at the end: a save that fails or is killed leaves the old checkpoint. Thresholds that
+        were found for other weights are left out with a warning.
 
         Args:
             include_code (`bool`, *optional*, defaults to `False`): Whether to save the network's own code with it, so
                 that `AutoModelForImageClassification.from_pretrained(..., trust_remote_code=True)` needs no `hf_scan`.
+
+        Raises:
+            `OSError`: if the files cannot be written. Nothing in the folder has changed then.
         """
         if self.exit_config.thresholds is not None:
             self.exit_config.resolve(self.num_exits)  # before anything is written
+        self.exit_config.check_savable()
         places = ("repo_id", "private", "create_pr", "revision", "subfolder")
         words = ("commit_message", "commit_description", "tags")
         hub_kwargs = {name: kwargs.pop(name) for name in (*places, *words) if name in kwargs}
         with self._with_code(include_code or self._auto_class is not None):
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            if self.config.num_channels == 3 and not Path(save_directory, IMAGE_PROCESSOR_NAME).exists():
-                create_image_processor(self).save_pretrained(save_directory)
-            if self.exit_config != ExitConfig():
-                self.exit_config.save_pretrained(save_directory)
+            if not is_main_process or kwargs.get("distributed_checkpoint") or os.path.isfile(save_directory):
+                super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             else:
-                # Thresholds that were found for other weights must not be loaded with these.
-                Path(save_directory, EXIT_CONFIG_NAME).unlink(missing_ok=True)
+                removed: list[str] = []
+                with staged(save_directory, removed) as folder:
+                    super().save_pretrained(folder, is_main_process=True, **kwargs)
+                    self._save_beside_weights(folder, Path(save_directory), kwargs.get("variant"), removed)
         if push_to_hub and is_main_process:
             # Not left to `super()`, which would upload before the exit configuration is written.
             hub_kwargs.setdefault("repo_id", Path(save_directory).name)
             hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size", "token") if name in kwargs}
             self.push_to_hub(include_code=include_code, **hub_kwargs)
+
+    def _save_beside_weights(self, folder: Path, target: Path, variant: str | None, removed: list[str]) -> None:
+        if self.config.num_channels == 3 and not (target / IMAGE_PROCESSOR_NAME).exists():
+            create_image_processor(self).save_pretrained(folder)
+        config = self.exit_config
+        if config.thresholds:
+            config = self._for_saved_weights(find_weight_files(lambda name: _if_file(folder / name), variant))
+        if config != ExitConfig():
+            config.save_pretrained(folder)
+        else:
+            removed.append(EXIT_CONFIG_NAME)
+
+    def _for_saved_weights(self, files: list[Path]) -> ExitConfig:
+        """Return the exit configuration with the fingerprint of weights, or without thresholds if it has another."""
+        if not files:  # of a format of Transformers' own
+            return self.exit_config
+        names = [*dict(self.named_parameters()), *_persistent_buffers(self)]
+        found = CheckpointWeights("", lambda: files).fingerprint(names, f"{self.base_model_prefix}.")
+        if self.exit_config.weights in (None, found):
+            return self.exit_config.replace(weights=found)
+        logger.warning(
+            "The weights have changed since the thresholds of `exit_config` were found, which are left out of what is "
+            "saved. Find others with `hf_scan.calibrate`; to save them nevertheless, set "
+            "`model.exit_config.weights = None`."
+        )
+        return self.exit_config.replace(thresholds=None, temperatures=None)
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> Any:
         """
@@ -249,8 +390,101 @@ class HubMixin(PreTrainedModel):
                 self.config.auto_map = named
 
 
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the buffers that a checkpoint holds."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _weights_to_load(
+    name: str | os.PathLike[str] | None, kwargs: dict[str, Any], access: dict[str, Any]
+) -> CheckpointWeights:
+    where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
+    # Transformers has fetched the files by the time they are looked for.
+    local = {**access, "local_files_only": True}
+
+    def find() -> list[Path]:
+        return (
+            []
+            if name is None
+            else find_weight_files(lambda file: find_file(name, file, **local, **where), kwargs.get("variant"))
+        )
+
+    return CheckpointWeights(
+        str(name), find, kwargs.get("state_dict"), bool(kwargs.get("ignore_mismatched_sizes", False))
+    )
+
+
+def _check_no_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any], access: dict[str, Any]) -> None:
+    where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
+    if is_peft_available() and find_file(name, ADAPTER, **access, **where) is not None:
+        raise ValueError(
+            f"{name} holds {ADAPTER!r}, by which Transformers would load what that names instead. Adapters are not "
+            "supported; remove the file."
+        )
+
+
+def _check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str, Any]) -> None:
+    missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
+    if missing:
+        raise ValueError(
+            f"The weights of {name or 'the state dict'} lack {len(missing)} of the backbone's, the first being "
+            f"{missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
+        )
+
+
+@torch.no_grad()
+def _initialise_as_timm(model: Any, keys: list[str]) -> None:
+    """Initialise tensors of the backbone that had another shape as timm does. Transformers knows common layers."""
+    names = [key.removeprefix("backbone.") for key in keys if key.startswith("backbone.")]
+    if not names:
+        return
+    fresh, own = create_backbone(model.config).state_dict(), model.backbone.state_dict()
+    for name in names:
+        own[name].copy_(fresh[name])
+
+
+def _of_these_weights(exit_config: ExitConfig, model: Any, weights: CheckpointWeights, changed: bool) -> ExitConfig:
+    """Return an exit configuration without what does not hold for the network that was loaded."""
+    if changed and exit_config.costs is not None:
+        exit_config = exit_config.replace(costs=None)
+    if not exit_config.thresholds:
+        return exit_config
+    if changed:
+        logger.warning(
+            "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it and are "
+            "left out. Find others with `hf_scan.calibrate` once the model is trained."
+        )
+        return exit_config.replace(thresholds=None, temperatures=None)
+    if exit_config.weights is None or not weights.shapes:
+        return exit_config
+    if weights.given is not None:
+        found = model.fingerprint()
+    else:
+        state = model.state_dict()
+        found = weights.fingerprint(state, f"{model.base_model_prefix}.")
+    if found != exit_config.weights:
+        logger.warning(
+            f"The weights of {weights.source} are not those that the thresholds of {EXIT_CONFIG_NAME} were found for, "
+            "which are left out. Find others with `hf_scan.calibrate`."
+        )
+        return exit_config.replace(thresholds=None, temperatures=None)
+    if SAFETENSORS_DTYPES.get(model.dtype) not in weights.dtypes:
+        # The same weights in another type, which are saved under their own fingerprint.
+        return exit_config.replace(weights=model.fingerprint())
+    return exit_config
+
+
 def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
-    """Refuses an index of weights that names files elsewhere. On the Hub there is no elsewhere."""
+    """Refuse an index of weights that names files outside its folder. On the Hub there are none."""
     for index in Path(path, subfolder).glob("*.index*.json"):  # of any variant
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -259,7 +493,8 @@ def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
         elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
         if elsewhere:
             raise ValueError(
-                f"{index} names {elsewhere[0]!r}, which is not a file beside it; a checkpoint has no business there."
+                f"{index} names {elsewhere[0]!r}, which is not a file beside it; shards must be in the same folder as "
+                "the index. Correct it, or save the model again."
             )
 
 

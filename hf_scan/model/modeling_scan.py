@@ -2,7 +2,6 @@
 """The network: a timm backbone with early exits, as a model of Transformers."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
 from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
-from .provenance import join_trained_on
 from .stages import Stage, StageState, cut_into_stages, keep_parts
 from .timm_conversion import TimmConversionMixin
+from .weight_files import fingerprint_of
 
 
 logger = logging.get_logger(__name__)
@@ -214,23 +213,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         return small
-
-    @property
-    def exit_config(self) -> ExitConfig:
-        """
-        The rule by which the network exits. Whatever is assigned, its `trained_on` keeps the images that these weights
-        are known to have been trained on: they belong to the weights, not to the rule.
-        """
-        return self._exit_config
-
-    @exit_config.setter
-    def exit_config(self, exit_config: ExitConfig) -> None:
-        before = vars(self).get("_exit_config")
-        if before is not None and isinstance(exit_config, ExitConfig):
-            trained_on = join_trained_on(before.trained_on, exit_config.trained_on)
-            if trained_on != exit_config.trained_on:
-                exit_config = exit_config.replace(trained_on=trained_on)
-        self._exit_config = exit_config
 
     @property
     def num_exits(self) -> int:
@@ -490,11 +472,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights and buffers with their names and types. Equal networks have the same."""
-        digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint_of(sorted(self.state_dict().items()))
 
 
 __all__ = ["ScanForImageClassification", "ScanImageClassifierOutput"]

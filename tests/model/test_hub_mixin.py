@@ -1,0 +1,283 @@
+"""Saving and loading: which thresholds belong to which weights, whatever is interrupted or changed meanwhile."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
+from hf_scan.model import staged_folder
+from hf_scan.model.backbone import create_backbone
+
+from ..conftest import random_scan_model
+
+
+THRESHOLDS = ExitConfig(thresholds=[0.5, 0.4], search={"method": "exact"}, costs={"machine": "x"})
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog):
+    """What Transformers' logger says, which does not reach the root logger by itself."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
+
+
+def saved(folder, seed: int = 0, thresholds: ExitConfig = THRESHOLDS, **kwargs) -> ScanForImageClassification:
+    model = random_scan_model(seed)
+    model.exit_config = thresholds
+    model.save_pretrained(folder, **kwargs)
+    return model
+
+
+def load(folder, **kwargs) -> ScanForImageClassification:
+    return ScanForImageClassification.from_pretrained(folder, **kwargs)
+
+
+def change_weights(model) -> None:
+    with torch.no_grad():
+        model.backbone.fc.weight.add_(1)
+
+
+@pytest.mark.parametrize("shards", ["200KB", "5GB"])
+def test_the_saved_fingerprint_is_the_model_s(tmp_path, shards):
+    model = saved(tmp_path, max_shard_size=shards)
+    assert json.loads((tmp_path / "exit_config.json").read_text())["weights"] == model.fingerprint()
+    assert load(tmp_path).exit_config == THRESHOLDS
+    assert load(tmp_path).exit_config.weights == model.fingerprint()
+
+
+def test_a_plain_trainer_does_not_save_thresholds_of_other_weights(tmp_path, warnings_of_transformers):
+    saved(tmp_path / "before")
+    model = load(tmp_path / "before")
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 5} for index in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=1, learning_rate=0.1, save_strategy="steps", save_steps=1
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "after"))
+    for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "after"):
+        found = load(folder).exit_config
+        assert (found.thresholds, found.search, found.weights) == (None, None, None)
+        assert found.costs == {"machine": "x"}
+    assert "The weights have changed since the thresholds" in warnings_of_transformers.text
+
+
+@pytest.mark.parametrize("change", ["weights", "buffers", "merged"])
+def test_changed_weights_lose_thresholds_unless_the_user_says_otherwise(tmp_path, change):
+    saved(tmp_path / "before")
+    model = load(tmp_path / "before")
+    with torch.no_grad():
+        if change == "buffers":
+            model.backbone.bn1.running_mean.add_(1)
+        elif change == "merged":  # as `peft` does, into the weights
+            model.exit_heads[0].classifier.fc.weight.addmm_(torch.ones(5, 1), torch.ones(1, 64))
+        else:
+            change_weights(model)
+    model.save_pretrained(tmp_path / "after")
+    assert load(tmp_path / "after").exit_config.thresholds is None
+    model.exit_config.weights = None
+    model.save_pretrained(tmp_path / "after")
+    assert load(tmp_path / "after").exit_config == THRESHOLDS
+
+
+def test_thresholds_beside_other_weights_are_not_used(tmp_path, warnings_of_transformers):
+    saved(tmp_path / "one")
+    saved(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "one" / "model.safetensors")
+    assert load(tmp_path / "one").exit_config.thresholds is None
+    assert "are not those that the thresholds of exit_config.json were found for" in warnings_of_transformers.text
+    given = ExitConfig.from_pretrained(tmp_path / "one")
+    assert load(tmp_path / "one", exit_config=given).exit_config.thresholds is None
+    assert load(tmp_path / "one", exit_config=ExitConfig(thresholds=[0.5, 0.5])).exit_config.thresholds == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_same_weights_in_another_type_keep_their_thresholds(tmp_path, dtype):
+    saved(tmp_path / "one")
+    load(tmp_path / "one", dtype=dtype).save_pretrained(tmp_path / "two")
+    assert load(tmp_path / "two").dtype == dtype
+    assert load(tmp_path / "two").exit_config == THRESHOLDS
+    model = load(tmp_path / "one", dtype=dtype)
+    change_weights(model)
+    model.save_pretrained(tmp_path / "two")
+    assert load(tmp_path / "two").exit_config.thresholds is None
+
+
+def kinds_of_answers(folder, models) -> tuple[int | None, int | None]:
+    """Which model the weights of a folder are of, and which the thresholds."""
+    found = load(folder)
+    weights = [index for index, model in enumerate(models) if model.fingerprint() == found.fingerprint()]
+    rules = [index for index, model in enumerate(models) if model.exit_config == found.exit_config]
+    return (weights[0] if weights else None), (rules[0] if rules else None)
+
+
+@pytest.mark.parametrize(("before", "after"), [("5GB", "5GB"), ("5GB", "200KB"), ("200KB", "5GB"), ("200KB", "300KB")])
+def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path, before, after, monkeypatch):
+    """Killed before each of the calls by which it changes a folder."""
+    monkeypatch.setattr(staged_folder, "IDLE_AFTER", 0)
+    new = saved(tmp_path / "new", seed=1, thresholds=ExitConfig(thresholds=[0.1, 0.2]))
+    seen, at = set(), 0
+    while True:
+        old = saved(tmp_path / str(at), max_shard_size=before)
+        finished = killed_save(new, tmp_path / str(at), at, max_shard_size=after)
+        weights, rule = kinds_of_answers(tmp_path / str(at), [old, new])
+        assert weights == rule
+        assert weights is not None
+        seen.add(weights)
+        if finished:
+            break
+        at += 1
+    assert at > 3
+    assert seen == {0, 1}
+    assert not list((tmp_path / str(at)).glob(".sav*"))
+
+
+def killed_save(model, target, at: int, **kwargs) -> bool:
+    """Save in a process that is killed before the call of that number that changes a folder; whether it was not."""
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count()
+
+        def counted(call):
+            def run(*args, **kwargs):
+                if next(calls) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            return run
+
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            model.save_pretrained(target, **kwargs)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def test_what_a_killed_save_leaves_is_removed_later(tmp_path, monkeypatch):
+    model = saved(tmp_path)
+    assert not killed_save(model, tmp_path, at=2)
+    assert len(list(tmp_path.glob(".saving-*"))) == 1
+    model.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob(".saving-*"))) == 1  # it could be another process's, at work
+    monkeypatch.setattr(staged_folder, "ABANDONED_AFTER", -1)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
+    saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = random_scan_model(1)
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match=r"could not be written to .*No space left.*has not changed\. Make room"):
+        other.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_reader_sees_the_old_or_the_new_checkpoint(tmp_path):
+    """While another thread saves two of them in turn, of other weights, thresholds, labels and files."""
+    models = []
+    for seed, shards in ((0, "5GB"), (1, "200KB")):
+        model = random_scan_model(seed)
+        model.exit_config = ExitConfig(thresholds=[0.1 + seed / 2] * 2)
+        model.config.id2label = {index: f"{seed}-{index}" for index in range(5)}
+        models.append((model, shards))
+    models[0][0].save_pretrained(tmp_path)
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            for model, shards in models:
+                model.save_pretrained(tmp_path, max_shard_size=shards)
+                time.sleep(0.1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    try:
+        for _ in range(40):
+            found = load(tmp_path)
+            kind = int(found.config.id2label[0].split("-")[0])
+            assert found.fingerprint() == models[kind][0].fingerprint()
+            assert found.exit_config == models[kind][0].exit_config
+            seen.add(kind)
+    finally:
+        done.set()
+        writer.join()
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("vit_tiny_patch16_224", 64), ("test_vit", 96), ("swin_tiny_patch4_window7_224", 112)]
+)
+def test_another_image_size_is_initialised_as_timm_does(tmp_path, name, size):
+    small = ScanForImageClassification(ScanConfig(backbone=name, num_labels=3, image_size=size))
+    small.save_pretrained(tmp_path)
+    model, info = load(tmp_path, image_size=2 * size, ignore_mismatched_sizes=True, output_loading_info=True)
+    changed = [key for key, *_ in info["mismatched_keys"]]
+    fresh = create_backbone(model.config).state_dict()
+    for key, value in model.state_dict().items():
+        assert value.isfinite().all(), key
+        own = key.removeprefix("backbone.")
+        if key in changed and own in fresh:  # the same distribution, or the same value where it is constant
+            torch.testing.assert_close(value.std(), fresh[own].std(), rtol=0.2, atol=1e-6)
+    assert changed
+    assert model(torch.rand(1, 3, 2 * size, 2 * size)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_a_new_classifier_is_initialised_as_timm_does(tmp_path, name):
+    ScanForImageClassification(ScanConfig(backbone=name, num_labels=3)).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = load(tmp_path, num_labels=50, ignore_mismatched_sizes=True)
+    torch.manual_seed(0)
+    fresh = create_backbone(model.config).get_classifier()
+    own = model.backbone.get_classifier()
+    torch.testing.assert_close(own.weight.std(), fresh.weight.std(), rtol=0.2, atol=1e-6)
+    assert torch.equal(own.bias == 0, fresh.bias == 0)
+
+
+def test_from_a_state_dict(model, images):
+    """As any model of Transformers: without a folder."""
+    loaded, info = ScanForImageClassification.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), output_loading_info=True
+    )
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    assert not info["missing_keys"]
+    assert loaded.exit_config == ExitConfig()
+    state = {name: value for name, value in model.state_dict().items() if name != "backbone.fc.bias"}
+    with pytest.raises(ValueError, match="The weights of the state dict lack 1 of the backbone's"):
+        ScanForImageClassification.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_there_are_no_input_embeddings(model):
+    assert model.get_input_embeddings() is None
+
+
+def test_a_dictionary_as_exit_configuration(tmp_path):
+    model = saved(tmp_path)
+    model.exit_config = {"thresholds": [0.2, 0.3]}
+    assert model.exit_config == ExitConfig(thresholds=[0.2, 0.3])
+    assert load(tmp_path, exit_config={"thresholds": (0.2, 0.3)}).exit_config == model.exit_config
+    for wrong in ([0.2, 0.3], None):
+        with pytest.raises(TypeError, match=f"`exit_config` is a {type(wrong).__name__}; expected an `ExitConfig`"):
+            model.exit_config = wrong
