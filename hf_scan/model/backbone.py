@@ -10,6 +10,8 @@ from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .weight_files import limited_tensors, most_tensors
 
 
+LARGEST_TABLE = 4096
+
 # What timm raises for arguments that it does not take.
 NOT_MADE = (
     *(RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError),
@@ -17,8 +19,22 @@ NOT_MADE = (
 )
 
 
+def _check_image_size(config: ScanConfig) -> None:
+    """Networks that are made for one size compute tables of it, some of them pixel by pixel."""
+    arguments = backbone_arguments(config)
+    for name in ("img_size", "input_size"):
+        size = arguments.get(name)
+        sizes = size if isinstance(size, (list, tuple)) else [size]
+        if any(isinstance(side, int) and side > LARGEST_TABLE for side in sizes):
+            raise ValueError(
+                f"`image_size` or `backbone_kwargs` make {config.backbone!r} for images of {size} pixels; expected at "
+                f"most {LARGEST_TABLE} for a network that is made for one size."
+            )
+
+
 def create_backbone(config: ScanConfig) -> Any:
     """Create a backbone with timm's initialisation. While weights are loaded, it may not be far larger than they."""
+    _check_image_size(config)
     with limited_tensors(most_tensors(config.truncated)):
         return create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What the network is: [`ScanConfig`]."""
+"""Describe a network: [`ScanConfig`]."""
 
 import inspect
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 import timm
+import torch
 from huggingface_hub.dataclasses import strict
 from timm.models import build_model_with_cfg, is_model
 from transformers import PreTrainedConfig
@@ -15,8 +16,8 @@ from transformers import PreTrainedConfig
 from .cifar_backbones import CifarResNet  # noqa: F401
 
 
-# A configuration is data from a stranger. These arguments of timm would make it download, read a path or unpickle.
-# They are taken from timm's own signatures, so that a release of timm that adds one is covered too.
+# A configuration is untrusted data. These arguments would make timm download, read a path or load a pickle. They are
+# taken from timm's own signatures, so that an argument that a release of timm adds is covered too.
 REFUSED_BACKBONE_ARGUMENTS = frozenset(
     name
     for function in (timm.create_model, build_model_with_cfg)
@@ -33,18 +34,155 @@ REFUSED_BACKBONE_ARGUMENTS = frozenset(
 }
 
 PREPROCESSING_KEYS = frozenset({"mean", "std", "crop_pct", "crop_mode", "interpolation"})
+PREPROCESSING_NAMES = {  # in `timm.data`
+    "crop_mode": ("center", "squash", "border"),
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+}
 
-# A configuration from a stranger must not take all memory there is. Nobody has networks this large.
+# Size limits for untrusted configurations.
 LARGEST = {"num_labels": 1_000_000, "head_width": 4_096, "num_channels": 4_096, "image_size": 16_384}
 LARGEST_ARGUMENT = 65_536
 DEEPEST = 2_048  # blocks, in all stages together
 
-# Set from other fields of the configuration, or of no use to a network that is run stage by stage.
+# Arguments that other fields of the configuration set, or that a network which runs stage by stage cannot use.
 OWN_BACKBONE_ARGUMENTS = {
     "num_classes": "set `num_labels`",
     "in_chans": "set `num_channels`",
     "features_only": "leave it out: the exits need the classifier",
 }
+
+
+def _check_no_sources(values: dict[str, Any]) -> None:
+    refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(values))
+    if refused:
+        raise ValueError(
+            f"The configuration names {refused}, which would make timm fetch or read weights; a ScanConfig only "
+            "describes the architecture. Remove these keys and load weights with `from_pretrained`."
+        )
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    for name, largest in LARGEST.items():
+        value = values.get(name)
+        least = 0 if name == "num_labels" else 1  # the network itself asks for two labels
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not least <= number <= largest:
+                raise ValueError(
+                    f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
+                )
+    for name, value in values["backbone_kwargs"].items():
+        if any(word in name for word in ("layer", "depth", "block")) and sum(map(abs, _numbers(value))) > DEEPEST:
+            raise ValueError(
+                f"`backbone_kwargs` gives {name!r} {value}, more than {DEEPEST} in all; such a network would take too "
+                "long to build. Correct it."
+            )
+        if any(not abs(number) <= LARGEST_ARGUMENT for number in _numbers(value)):
+            raise ValueError(
+                f"`backbone_kwargs` gives {name!r} a number beyond {LARGEST_ARGUMENT}; such a network would not fit "
+                "into memory. Correct it."
+            )
+
+
+def _check_kernels(values: dict[str, Any]) -> None:
+    """Names with a slash are repositories, whose code Transformers would fetch and run."""
+    for name, value in values.items():
+        if not name.strip("_").startswith(("attn_implementation", "experts_implementation")) or value is None:
+            continue
+        if not isinstance(value, str) or "/" in value:
+            raise ValueError(
+                f"`{name}` names the kernel {value!r}, which Transformers would fetch and run; expected a name such "
+                "as 'eager'. Remove it."
+            )
+
+
+def _check_dtype(values: dict[str, Any]) -> None:
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+        if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`{name}` is {value!r}; expected a floating-point type of PyTorch such as 'float32'.")
+
+
+def _check_labels(values: dict[str, Any]) -> None:
+    names = values.get("id2label")
+    if names is not None:
+        keys = [str(key) for key in names] if isinstance(names, dict) else []
+        if sorted(keys) != sorted(map(str, range(len(keys)))) or not isinstance(names, dict):
+            raise ValueError(
+                "`id2label` is not a dictionary from 0, 1, 2 and so on to the name of each label. Correct it, or "
+                "leave it out and set `num_labels`."
+            )
+        if any(not isinstance(label, (str, int)) for label in names.values()):
+            raise ValueError("`id2label` holds a label that is no text. Correct it.")
+    indices = values.get("label2id")
+    if indices is not None and not (
+        isinstance(indices, dict) and all(isinstance(index, (int, str)) for index in indices.values())
+    ):
+        raise ValueError("`label2id` is not a dictionary from the name of each label to its index. Correct it.")
+
+
+def _check_backbone(name: str) -> None:
+    if any(sign in name for sign in ":/\\"):
+        raise ValueError(
+            f"`backbone` is {name!r}, which names a source or a path; expected the name of a model in timm's registry "
+            "such as 'resnet50'. Weights are loaded with `from_pretrained`."
+        )
+    if not is_model(name):
+        raise ValueError(
+            f"`backbone` is {name!r}, which timm {timm.__version__} does not know. `timm.list_models()` lists the "
+            "names it knows; a newer timm may know more."
+        )
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`backbone` is {name!r}, whose pretrained tag timm {timm.__version__} does not know. Leave the tag out, "
+            "or choose one that `timm.list_pretrained()` lists."
+        ) from error
+
+
+def _check_backbone_kwargs(arguments: dict[str, Any]) -> None:
+    refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(arguments))
+    if refused:
+        raise ValueError(
+            f"`backbone_kwargs` names {refused}, which would make timm fetch or read weights, or change how it "
+            "builds; only arguments of the architecture are expected. Remove these keys."
+        )
+    for name, instead in OWN_BACKBONE_ARGUMENTS.items():
+        if name in arguments:
+            raise ValueError(f"`backbone_kwargs` names {name!r}, which is not expected there: {instead}.")
+
+
+def _check_preprocessing(values: dict[str, Any]) -> None:
+    if unknown := sorted(set(values) - PREPROCESSING_KEYS):
+        raise ValueError(f"`preprocessing` names {unknown}; expected some of {sorted(PREPROCESSING_KEYS)}.")
+    for name in ("mean", "std"):
+        numbers = values.get(name, [0.5])
+        least = 0 if name == "mean" else 1e-4
+        if (
+            not isinstance(numbers, (list, tuple))
+            or not numbers
+            or not all(isinstance(number, (int, float)) and least <= number <= 255 for number in numbers)
+        ):
+            raise ValueError(
+                f"`preprocessing` gives {name!r} as {numbers!r}; expected a list of numbers from {least} to 255, one "
+                "for each channel."
+            )
+    crop = values.get("crop_pct", 1.0)
+    if not isinstance(crop, (int, float)) or not 0.01 <= crop <= 10:
+        raise ValueError(f"`preprocessing` gives 'crop_pct' as {crop!r}; expected a number from 0.01 to 10.")
+    for name, known in PREPROCESSING_NAMES.items():
+        if name in values and values[name] not in known:
+            raise ValueError(f"`preprocessing` gives {name!r} as {values[name]!r}; expected one of {list(known)}.")
+
+
+def _check_problem_type(problem_type: object) -> None:
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`problem_type` is {problem_type!r}; expected 'single_label_classification' or None: an exit's score "
+            "compares classes of which one is right. For several labels an image, or for regression, train the timm "
+            "model without exits."
+        )
 
 
 @strict
@@ -121,20 +259,19 @@ class ScanConfig(PreTrainedConfig):
     preprocessing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(kwargs))
-        if refused:
-            raise ValueError(
-                f"The configuration names {refused}, which would make timm fetch or read weights; a ScanConfig only "
-                "describes the architecture. Remove these keys and load weights with `from_pretrained`."
-            )
-        # Before names are made for so many labels.
-        self._check_numbers({**vars(self), **kwargs})
+        # Before Transformers makes names for so many labels, and not as `validate_*` methods of a strict dataclass,
+        # whose errors are no `ValueError`.
+        values = {**vars(self), **kwargs}
+        _check_no_sources(kwargs)
+        _check_numbers(values)
+        _check_kernels(values)
+        _check_dtype(values)
+        _check_labels(values)
         super().__post_init__(**kwargs)
-        # Not as `validate_*` methods of a strict dataclass, whose errors are no `ValueError`.
-        self._check_backbone()
-        self._check_backbone_kwargs()
-        self._check_preprocessing()
-        self._check_problem_type()
+        _check_backbone(self.backbone)
+        _check_backbone_kwargs(self.backbone_kwargs)
+        _check_preprocessing(self.preprocessing or {})
+        _check_problem_type(self.problem_type)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -147,77 +284,9 @@ class ScanConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
-    def _check_backbone(self) -> None:
-        if any(sign in self.backbone for sign in ":/\\"):
-            raise ValueError(
-                f"`backbone` is {self.backbone!r}, which names a source or a path; expected the name of a model in "
-                "timm's registry such as 'resnet50'. Weights are loaded with `from_pretrained`."
-            )
-        if not is_model(self.backbone):
-            raise ValueError(
-                f"`backbone` is {self.backbone!r}, which timm {timm.__version__} does not know. "
-                "`timm.list_models()` lists the names it knows; a newer timm may know more."
-            )
-        try:
-            timm.get_pretrained_cfg(self.backbone)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`backbone` is {self.backbone!r}, whose pretrained tag timm {timm.__version__} does not know. Leave "
-                "the tag out, or choose one that `timm.list_pretrained()` lists."
-            ) from error
-
-    def _check_backbone_kwargs(self) -> None:
-        refused = sorted(REFUSED_BACKBONE_ARGUMENTS.intersection(self.backbone_kwargs))
-        if refused:
-            raise ValueError(
-                f"`backbone_kwargs` names {refused}, which would make timm fetch or read weights, or change how it "
-                "builds; only arguments of the architecture are expected. Remove these keys."
-            )
-        for name, instead in OWN_BACKBONE_ARGUMENTS.items():
-            if name in self.backbone_kwargs:
-                raise ValueError(f"`backbone_kwargs` names {name!r}, which is not expected there: {instead}.")
-
-    def _check_numbers(self, values: dict[str, Any]) -> None:
-        for name, largest in LARGEST.items():
-            value = values.get(name)
-            least = 0 if name == "num_labels" else 1  # of labels, the network asks for two itself
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int) and not least <= number <= largest:
-                    raise ValueError(
-                        f"`{name}` is {value}; expected a whole number of at least {least} and at most {largest}."
-                    )
-        attention = values.get("_attn_implementation") or values.get("attn_implementation")
-        if isinstance(attention, str) and "/" in attention:
-            raise ValueError(
-                f"The configuration names the kernel {attention!r}, which Transformers would fetch and run. Remove it."
-            )
-        for name, value in self.backbone_kwargs.items():
-            if any(word in name for word in ("layer", "depth", "block")) and sum(map(abs, _numbers(value))) > DEEPEST:
-                raise ValueError(
-                    f"`backbone_kwargs` gives {name!r} {value}, more than {DEEPEST} in all; such a network would take "
-                    "all time there is. Correct it."
-                )
-            if any(abs(number) > LARGEST_ARGUMENT for number in _numbers(value)):
-                raise ValueError(
-                    f"`backbone_kwargs` gives {name!r} a number beyond {LARGEST_ARGUMENT}; such a network would take "
-                    "all memory there is. Correct it."
-                )
-
-    def _check_problem_type(self) -> None:
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"`problem_type` is {self.problem_type!r}; expected 'single_label_classification' or None: an exit's "
-                "score compares classes of which one is right. For several labels an image, or for regression, train "
-                "the timm model without exits."
-            )
-
-    def _check_preprocessing(self) -> None:
-        if unknown := sorted(set(self.preprocessing or {}) - PREPROCESSING_KEYS):
-            raise ValueError(f"`preprocessing` names {unknown}; expected some of {sorted(PREPROCESSING_KEYS)}.")
-
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in a value as JSON holds it."""
+    """Yield all numbers in a value of JSON."""
     if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, (list, tuple, dict)):

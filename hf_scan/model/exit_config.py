@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .exit_criteria import EXIT_CRITERIA, MEMORYLESS
-from .hub_files import check_file_name, find_file
+from .hub_files import check_file_name, find_file, named_push_errors
 
 
 logger = logging.get_logger(__name__)
@@ -100,6 +100,20 @@ def _as_list(name: str, values: Any) -> list[float | None]:
         raise ValueError(f"`{name}` is {values!r}; expected {kind} for each exit.") from error
 
 
+def _take_arrays(cls: type[Any]) -> Any:
+    """Have a strict dataclass take tuples, arrays and tensors for its lists of numbers too."""
+    set_checked = cls.__setattr__
+
+    def set_field(self: Any, name: str, value: Any) -> None:
+        if name in ("thresholds", "temperatures") and (isinstance(value, tuple) or hasattr(value, "tolist")):
+            value = _as_list(name, value)
+        set_checked(self, name, value)
+
+    cls.__setattr__ = set_field  # type: ignore[assignment]
+    return cls
+
+
+@_take_arrays
 @strict
 @dataclass
 class ExitConfig:
@@ -382,15 +396,17 @@ class ExitConfig:
 
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
+            `OSError`: if the Hub cannot be reached, or refuses.
         """
         self.check_savable()
         check_file_name(filename)
         kwargs = {"commit_message": f"Upload {filename}", **kwargs}
         subfolder = kwargs.pop("subfolder", None)
         path = f"{subfolder}/{filename}" if subfolder else filename
-        return HfApi().upload_file(
-            path_or_fileobj=self.to_json().encode(), path_in_repo=path, repo_id=repo_id, **kwargs
-        )
+        with named_push_errors(repo_id):
+            return HfApi().upload_file(
+                path_or_fileobj=self.to_json().encode(), path_in_repo=path, repo_id=repo_id, **kwargs
+            )
 
     def check_savable(self) -> None:
         """Raise a `ValueError` if the criterion is a function, or the guarantee of another rule."""

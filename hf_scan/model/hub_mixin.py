@@ -18,7 +18,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, is_peft_available, logging
 
 from .backbone import create_backbone
 from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
-from .hub_files import check_regular_files, checked_downloads, find_file, resolve_revision
+from .hub_files import check_regular_files, checked_downloads, find_file, named_push_errors, resolve_revision
 from .image_processing_scan import create_image_processor
 from .provenance import join_trained_on
 from .staged_folder import finish, staged
@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_config.json"
 LOAD_ATTEMPTS = 5
+LONGEST_REASON = 1000  # characters; a message may repeat a value of any length
 # What invalid values in a configuration raise in Transformers, timm and PyTorch.
 INVALID = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, StrictDataclassError)
 # What a checkpoint consists of in one form or another, and a push replaces. (In folders of the repository, too, may be
@@ -221,7 +222,7 @@ class HubMixin(PreTrainedModel):
         except INVALID as error:
             if name is None or "unexpected keyword argument" in str(error):
                 raise
-            said = " ".join(str(error).split()) or "no reason is given"
+            said = " ".join(str(error).split())[:LONGEST_REASON] or "no reason is given"
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(
                 f"config.json of {name}, or an argument that overrides it, describes no network that can be made: "
@@ -325,6 +326,11 @@ class HubMixin(PreTrainedModel):
             repo_id (`str`): The repository, such as `"org/scan-resnet50"`. It is created when there is none.
             include_code (`bool`, *optional*, defaults to `False`): As in `save_pretrained`.
             kwargs: `private`, `token`, `revision`, `subfolder`, `create_pr`, `commit_message` and so on.
+
+        Raises:
+            `ValueError`: if the network cannot be saved, or the Hub's client refuses an argument.
+            `OSError`: if the Hub cannot be reached, or refuses. Nothing of the repository's files has changed then,
+                unless the connection ended after the commit.
         """
         subfolder = kwargs.pop("subfolder", None)
         names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
@@ -334,17 +340,19 @@ class HubMixin(PreTrainedModel):
         api = HfApi()
         with self._with_code(include_code), tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)  # first: what cannot be saved leaves no empty repository
-            repo_id = api.create_repo(repo_id, private=given.pop("private", None), exist_ok=True, **token).repo_id
-            revision = given.get("revision")
-            if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
-            card = self._card_of(repo_id, tags, token["token"]) if not subfolder else None
-            if card is not None:
-                card.save(Path(folder, "README.md"))
-            given.setdefault("commit_message", "Upload model")
-            # In the same commit, what an earlier push left: weights in another number of files, thresholds of theirs.
-            given |= {"folder_path": folder, "path_in_repo": subfolder or None, "delete_patterns": OBSOLETE}
-            return api.upload_folder(repo_id=repo_id, **given)
+            with named_push_errors(repo_id):
+                repo_id = api.create_repo(repo_id, private=given.pop("private", None), exist_ok=True, **token).repo_id
+                revision = given.get("revision")
+                if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
+                    api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
+                card = self._card_of(repo_id, tags, token["token"]) if not subfolder else None
+                if card is not None:
+                    card.save(Path(folder, "README.md"))
+                given.setdefault("commit_message", "Upload model")
+                # In the same commit, what an earlier push left: weights in another number of files, thresholds of
+                # theirs.
+                given |= {"folder_path": folder, "path_in_repo": subfolder or None, "delete_patterns": OBSOLETE}
+                return api.upload_folder(repo_id=repo_id, **given)
 
     def _card_of(self, repo_id: str, tags: list[str], token: Any) -> Any:
         """A card for a repository that has none; its own, where tags are to be added; None to leave it as it is."""

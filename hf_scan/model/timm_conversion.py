@@ -34,7 +34,8 @@ class TimmConversionMixin(PreTrainedModel):
 
         Args:
             model (`str` or `torch.nn.Module`): Name of a model as `timm.create_model` takes it, `hf-hub:` and
-                `local-dir:` included, or a model that it made, which is copied. Weights on the Hub that are of a
+                `local-dir:` included, or a model that it made, which is copied, also out of a `torch.compile`,
+                `DataParallel` or `TimmWrapperForImageClassification` around it. Weights on the Hub that are of a
                 ResNet for 32x32 images, though they name timm's for larger ones, are recognised.
             pretrained (`bool`, *optional*, defaults to `False`): Whether timm loads weights for a name.
             num_labels (`int`, *optional*): Labels. Defaults to the model's own. With another number, its classifier
@@ -76,9 +77,14 @@ class TimmConversionMixin(PreTrainedModel):
                 if source is None:
                     raise
         else:
-            source = model
+            source = _unwrapped(model)
             if pretrained:
                 raise ValueError("`pretrained` is for a model that is given by name; this one is given with weights.")
+        if not hasattr(source, "forward_head") and hasattr(source, "feature_info"):
+            raise ValueError(
+                f"`model` is a {type(source).__name__}, which returns features and has no classifier; expected one "
+                "that `timm.create_model` made without `features_only=True`."
+            )
         cfg = getattr(source, "pretrained_cfg", None)
         if not isinstance(cfg, dict) or "architecture" not in cfg:
             raise ValueError(
@@ -125,6 +131,14 @@ class TimmConversionMixin(PreTrainedModel):
             trained_on = trained_on or unknown_images(f"weights of {config.backbone}")
             scan.exit_config = scan.exit_config.replace(trained_on=trained_on)
         return scan
+
+
+def _unwrapped(model: Any) -> Any:
+    """Return the model of timm in what PyTorch and Transformers wrap around it."""
+    for name in ("_orig_mod", "module", "timm_model"):  # compiled; parallel; of Transformers
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return _unwrapped(inner)
+    return model
 
 
 def _create_for_small_images(name: str, **kwargs: Any) -> Any:

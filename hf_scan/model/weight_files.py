@@ -23,8 +23,7 @@ Shape = tuple[int, ...]
 
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# Limits for untrusted checkpoints. A network may hold a few tensors that the weights lack, such as new exit heads, and
-# a truncated one is built as a whole before it is cut.
+# Limits for untrusted checkpoints. A network may hold a few tensors that the weights lack, such as new exit heads.
 MOST_MISSING_ELEMENTS = 2**27
 MOST_TENSORS = 50_000
 QUANTIZED_BITS = 64  # of a packed element; no format packs more into one number
@@ -235,7 +234,8 @@ def most_tensors(truncated: bool) -> int | None:
     weights = being_loaded.get()
     if weights is None:
         return None
-    return MOST_TENSORS if truncated or not weights.shapes else 2 * len(weights.shapes) + 1000
+    # A network that was cut may keep a twentieth of what is built.
+    return len(weights.headers) * (30 if truncated else 2) + 1000 if weights.headers else MOST_TENSORS
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -9,7 +9,8 @@ from ..model.modeling_scan import ScanForImageClassification
 
 def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassification:
     """
-    The same backbone without early exits, as a stock model for a stock `Trainer`.
+    Return the same backbone without early exits, as a stock model for a stock `Trainer`. Its checkpoints name the
+    preprocessing, as timm's do.
 
     Args:
         model ([`ScanForImageClassification`]): Its backbone's weights are copied.
@@ -18,12 +19,17 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
         [`~transformers.TimmWrapperForImageClassification`]
     """
     config = model.config
+    assert config.image_size is not None  # the network filled it in
+    size = [config.num_channels, config.image_size, config.image_size]
+    # What timm and its image processor read of a checkpoint; else they would prepare images for timm's own weights.
+    prepared = {**(config.preprocessing or {}), "input_size": size, "test_input_size": size}
     plain = TimmWrapperForImageClassification(
         TimmWrapperConfig(
             architecture=config.backbone,
             id2label=config.id2label,
             label2id=config.label2id,
-            model_args=backbone_arguments(config),
+            model_args={**backbone_arguments(config), "pretrained_cfg_overlay": prepared},
+            pretrained_cfg=prepared,
         )
     )
     plain.timm_model.load_state_dict(model.backbone.state_dict())

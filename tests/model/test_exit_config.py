@@ -23,6 +23,18 @@ def test_replace_takes_any_sequence_of_numbers(kind):
     assert config == ExitConfig(thresholds=[0.5, 0.25], temperatures=[1.0, 2.0, 0.5])
 
 
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_a_field_takes_any_sequence_of_numbers(kind):
+    expected = ExitConfig(thresholds=[0.5, 0.25], temperatures=[1.0, 2.0, 0.5])
+    config = ExitConfig(thresholds=kind([0.5, 0.25]), temperatures=kind([1.0, 2.0, 0.5]))
+    assert config == expected
+    assert config.to_json() == expected.to_json()
+    config.thresholds, config.temperatures = kind([0.5, 0.25]), kind([1.0, 2.0, 0.5])
+    assert config == expected
+    with pytest.raises(ValueError, match="`temperatures` is"):
+        config.temperatures = kind([0.0, 1.0])
+
+
 @pytest.mark.parametrize("name", ["thresholds", "temperatures"])
 @pytest.mark.parametrize("value", [0.5, "high", [[0.5, 0.5]], ["high"]])
 def test_replace_names_what_is_no_sequence_of_numbers(name, value):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForImageClassification
 
 from hf_scan import ExitConfig, ScanForImageClassification
@@ -168,10 +169,14 @@ def test_an_adapter_that_names_another_model(checkpoint, tmp_path, monkeypatch):
         ScanForImageClassification.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
-def test_a_kernel_from_the_hub(checkpoint, name):
-    edit(checkpoint / "config.json", **{name: "bob/evil-kernel"})
-    with pytest.raises(ValueError, match="names the kernel 'bob/evil-kernel'"):
+@pytest.mark.parametrize(
+    "name",
+    ["_attn_implementation", "attn_implementation", "_attn_implementation_internal", "experts_implementation"],
+)
+@pytest.mark.parametrize("value", ["bob/evil-kernel", {"": "bob/evil-kernel"}, ["bob/evil-kernel"], 3, True])
+def test_a_kernel_from_the_hub(checkpoint, name, value):
+    edit(checkpoint / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=rf"config.json of .*{name}` names the kernel .*Remove it"):
         ScanForImageClassification.from_pretrained(checkpoint)
 
 
@@ -186,4 +191,117 @@ def test_a_guarantee_of_nothing(checkpoint):
     """One that does not say what rule it is of would be shown for any."""
     edit(checkpoint / "exit_config.json", guarantee={"loss": "gap", "max_drop": 0.1, "delta": 0.05, "n": 10**6})
     with pytest.raises(ValueError, match="The guarantee is of None"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+VIT = "vit_tiny_patch16_224"
+# What a few weights cannot be of: each would take gigabytes, or minutes.
+FAR_LARGER = [
+    {"backbone": "vit_giant_patch14_224"},
+    {"backbone": "eva_giant_patch14_560"},
+    {"backbone": "regnety_2560"},
+    {"backbone": VIT, "backbone_kwargs": {"mlp_ratio": 65536}},
+    {"backbone": VIT, "backbone_kwargs": {"depth": 2000}},
+    {"backbone": VIT, "backbone_kwargs": {"img_size": [4096, 4096], "patch_size": 1}},
+    {"backbone": "densenet121", "backbone_kwargs": {"block_config": [500, 500, 500, 500]}},
+    {"backbone": "resnet18", "backbone_kwargs": {"layers": [500, 500, 500, 500]}},
+    {"backbone": VIT, "image_size": 16384},
+    {"backbone": "swin_tiny_patch4_window7_224", "image_size": 16384},
+    {"backbone": "swinv2_tiny_window8_256", "image_size": 16384},
+]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("changes", FAR_LARGER, ids=str)
+def test_a_network_far_larger_than_its_weights(checkpoint, changes, ignored):
+    """Refused before memory is taken for it, and before more of it is built than the weights could be of."""
+    edit(checkpoint / "config.json", **{"exit_points": None, "backbone_kwargs": {}, "image_size": None, **changes})
+    numbers = modules = 0
+
+    def add(module, name, parameter):
+        nonlocal numbers, modules
+        modules += 1
+        numbers += 0 if parameter.is_meta else parameter.numel()
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        with pytest.raises((ValueError, RuntimeError), match=r"config\.json"):
+            ScanForImageClassification.from_pretrained(checkpoint, ignore_mismatched_sizes=ignored)
+    finally:
+        handle.remove()
+    assert numbers == 0
+    assert modules < 2000
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backbone": VIT, "backbone_kwargs": {"patch_size": 0}}, "timm cannot make .*ZeroDivisionError"),
+        ({"backbone": VIT, "backbone_kwargs": {"act_layer": "nope"}}, "timm cannot make .*KeyError"),
+        ({"backbone": VIT, "backbone_kwargs": {"num_heads": 7}}, "timm cannot make .*divisible by num_heads"),
+        ({"backbone": "resnet18", "backbone_kwargs": {"norm_layer": {}}}, r"timm cannot make .*AssertionError\(\)"),
+        ({"backbone": "x" * 10**6}, "which timm .* does not know|names a model"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'"),
+        ({"dtype": "load"}, "`dtype` is 'load'"),
+        ({"dtype": 3}, "`dtype` is 3"),
+        ({"torch_dtype": {"": "float32"}}, "`torch_dtype` is"),
+        ({"id2label": ["cat"]}, "`id2label` is not a dictionary"),
+        ({"id2label": {"a": "b"}}, "`id2label` is not a dictionary"),
+        ({"id2label": {"0": {}, "1": "b"}}, "`id2label` holds a label that is no text"),
+        ({"label2id": {"a": []}}, "`label2id` is not a dictionary"),
+        ({"preprocessing": {"mean": "x"}}, "'mean' as 'x'; expected a list"),
+        ({"preprocessing": {"mean": [1e400]}}, "'mean' as .*; expected a list"),
+        ({"preprocessing": {"std": [0, 0, 0]}}, "'std' as .*; expected a list"),
+        ({"preprocessing": {"crop_pct": 0}}, "'crop_pct' as 0; expected a number"),
+        ({"preprocessing": {"interpolation": "nope"}}, "'interpolation' as 'nope'; expected one of"),
+        ({"preprocessing": {"crop_mode": []}}, r"'crop_mode' as \[\]; expected one of"),
+        ({"preprocessing": [3]}, "'preprocessing'"),
+        ({"exit_points": [[]]}, "'exit_points'"),
+        ({"exit_points": ["layer1"] * 10**5}, "`exit_points` is"),
+        ({"quantization_config": 3}, "describes no network"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_values_that_make_no_network(checkpoint, changes, sentence):
+    edit(checkpoint / "config.json", **({"exit_points": None} if "backbone" in changes else {}), **changes)
+    with pytest.raises(ValueError, match=rf"^config\.json of .*{sentence}") as raised:
+        ScanForImageClassification.from_pretrained(checkpoint)
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["config.json", "exit_config.json", "model.safetensors.index.json", "a shard"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
+def test_a_file_that_is_no_regular_one(checkpoint, name, kind):
+    path = min(checkpoint.glob("*.safetensors")) if name == "a shard" else checkpoint / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)  # a reader would wait for ever
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(checkpoint / "nowhere")
+    with pytest.raises(OSError, match=f"{path.name} is no regular file"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+def test_a_device(checkpoint):
+    (checkpoint / "exit_config.json").unlink()
+    (checkpoint / "exit_config.json").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=r"exit_config\.json is no regular file"):
+        ScanForImageClassification.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped header", "text"])
+def test_a_damaged_file_is_named(checkpoint, damage):
+    shard = max(checkpoint.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(
+        {
+            "truncated": content[:-100],
+            "empty": b"",
+            "flipped header": bytes([content[0] ^ 255]) + content[1:],
+            "text": b"version https://git-lfs.github.com/spec/v1",
+        }[damage]
+    )
+    with pytest.raises(OSError, match=rf"{shard.name} cannot be read .*Save or download it again"):
         ScanForImageClassification.from_pretrained(checkpoint)

@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     pipeline,
 )
 
@@ -680,6 +682,47 @@ def test_a_plain_copy_is_the_backbone(backbone):
     assert torch.equal(plain(images).logits, model.eval()(images).logits)
 
 
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_plain_copy_keeps_the_preprocessing(tmp_path, num_channels):
+    """Through a checkpoint, as both of timm's image processor and of a network made of it."""
+    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.5, "interpolation": "bilinear"}
+    config = ScanConfig(
+        backbone="test_resnet", num_labels=3, image_size=96, num_channels=num_channels, preprocessing=given
+    )
+    plain_copy(ScanForImageClassification(config)).save_pretrained(tmp_path)
+    plain = TimmWrapperForImageClassification.from_pretrained(tmp_path)
+    assert {name: plain.config.pretrained_cfg[name] for name in given} == given
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert list(processor.data_config["input_size"]) == [num_channels, 96, 96]
+    assert list(processor.data_config["mean"]) == given["mean"]
+    assert processor.data_config["crop_pct"] == 0.5
+    again = ScanForImageClassification.from_timm(plain.timm_model, num_channels=num_channels)
+    assert {name: again.config.preprocessing[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(torch.nn.DataParallel(model)),
+    ],
+    ids=["compiled", "parallel", "both"],
+)
+def test_from_timm_looks_into_what_is_around_a_model(wrapped):
+    source = timm.create_model("test_resnet", num_classes=3).eval()
+    model = ScanForImageClassification.from_timm(wrapped(source)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images).logits, source(images))
+
+
+def test_from_timm_takes_a_model_of_transformers():
+    source = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    model = ScanForImageClassification.from_timm(source).eval()
+    assert torch.equal(model(images).logits, source(images).logits)
+
+
 def test_from_timm_with_other_labels_starts_the_classifier_anew():
     source = timm.create_model("test_resnet", num_classes=6)
     model = ScanForImageClassification.from_timm(source, num_labels=3, exit_points=["layer2"])
@@ -695,6 +738,8 @@ def test_from_timm_with_other_labels_starts_the_classifier_anew():
     [
         (lambda: "nope", {}, "timm cannot make 'nope'"),
         (lambda: torch.nn.Linear(2, 2), {}, "Linear without timm's `pretrained_cfg`"),
+        (lambda: timm.create_model("test_resnet", features_only=True), {}, "FeatureListNet, which returns features"),
+        (lambda: timm.create_model("test_vit", features_only=True), {}, "FeatureGetterNet, which returns features"),
         (lambda: timm.create_model("test_resnet"), {"pretrained": True}, "`pretrained` is for a model .* by name"),
         (lambda: timm.create_model("test_resnet", in_chans=1), {}, "size mismatch .* Give the `backbone_kwargs`"),
         (lambda: timm.create_model("test_resnet", act_layer="silu"), {}, "the answers differ. Give the"),
