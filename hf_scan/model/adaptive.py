@@ -24,7 +24,6 @@ class EarlyExitNetwork(Protocol):
     """What the engines need of a network."""
 
     exit_config: ExitConfig
-    training: bool
 
     @property
     def num_exits(self) -> int: ...
@@ -43,6 +42,10 @@ class EarlyExitNetwork(Protocol):
     def run_exit(self, index: int, state: StageState) -> torch.Tensor: ...
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None: ...
+
+    def warn_of_raw_pixels(self, mean: float) -> None: ...
+
+    def has_training_modules(self) -> bool: ...
 
 
 class AdaptiveInferenceMixin:
@@ -103,7 +106,7 @@ class AdaptiveInferenceMixin:
         plan = plan_exits(config, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        if bad := non_finite_rows(pixel_values):
+        if bad := non_finite_images(self, pixel_values):
             if on_error == "raise":
                 raise ValueError(images_not_finite(bad))
             good = torch.tensor([row for row in range(len(pixel_values)) if row not in set(bad)], dtype=torch.long)
@@ -311,6 +314,15 @@ def write_answers(answer: AdaptiveOutput, some: AdaptiveOutput, rows: torch.Tens
     answer.confidence[rows] = some.confidence
 
 
+def non_finite_images(network: EarlyExitNetwork, images: torch.Tensor) -> list[int]:
+    """Return [`non_finite_rows`] of images, and have the network warn if the pixels cannot have been prepared."""
+    total = images.sum(dtype=torch.float32).item()
+    if math.isfinite(total):
+        network.warn_of_raw_pixels(total / images.numel())
+        return []
+    return non_finite_rows(images)
+
+
 def non_finite_rows(values: torch.Tensor) -> list[int]:
     """Return which rows hold NaN or infinite values. Where none does, it takes one pass and waits for one number."""
     if math.isfinite(values.sum(dtype=torch.float32).item()):
@@ -353,11 +365,11 @@ def _listed(positions: Sequence[int]) -> str:
 
 
 def check_eval_mode(network: EarlyExitNetwork) -> None:
-    """Raise a `ValueError` in training mode."""
-    if network.training:
+    """Raise a `ValueError` if the network, or any module of it alone, is in training mode."""
+    if network.has_training_modules():
         raise ValueError(
-            "Adaptive inference was asked for in training mode, where batch norm makes an answer depend on the rest "
-            "of the batch. Call `model.eval()` first."
+            "Adaptive inference was asked for while the network or a module of it is in training mode, where batch "
+            "norm makes an answer depend on the rest of the batch. Call `model.eval()` first."
         )
 
 

@@ -19,7 +19,7 @@ from .adaptive import (
     check_on_error,
     images_not_finite,
     logits_not_finite,
-    non_finite_rows,
+    non_finite_images,
     skipped_answer,
 )
 from .exit_config import ExitConfig
@@ -175,7 +175,7 @@ class _Stream:
 
     def _put(self, ids: torch.Tensor, images: torch.Tensor) -> Iterator[AdaptiveOutput]:
         """Put images into the first queue, without those whose pixels are not finite."""
-        if bad := non_finite_rows(images):
+        if bad := non_finite_images(self.network, images):
             good = [row for row in range(len(images)) if row not in set(bad)]
             text = images_not_finite(ids[bad].tolist(), "stream")
             if self.skip:

@@ -20,7 +20,7 @@ NOT_MADE = (
 
 
 def _check_image_size(config: ScanConfig) -> None:
-    """Networks that are made for one size compute tables of it, some of them pixel by pixel."""
+    """Refuse sizes for which a network that is made for one size would compute tables too large for memory."""
     arguments = backbone_arguments(config)
     for name in ("img_size", "input_size"):
         size = arguments.get(name)
@@ -33,14 +33,14 @@ def _check_image_size(config: ScanConfig) -> None:
 
 
 def create_backbone(config: ScanConfig) -> Any:
-    """Create a backbone with timm's initialisation. While weights are loaded, it may not be far larger than they."""
+    """Create a backbone as timm initialises it. While weights are loaded, it must not be far larger than they are."""
     _check_image_size(config)
     with limited_tensors(most_tensors(config.truncated)):
         return create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
 
 
 def backbone_arguments(config: ScanConfig) -> dict[str, Any]:
-    """Return what `timm.create_model` is given of a configuration, besides the number of classes."""
+    """Return the arguments of `timm.create_model` for a configuration, without the number of classes."""
     arguments = {"in_chans": config.num_channels, **config.backbone_kwargs}
     return {**size_argument(config.backbone, config.image_size), **arguments}
 
@@ -69,7 +69,7 @@ def create_timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any
 
 
 def timm_preprocessing(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return how a model of timm wants images prepared."""
+    """Return the preprocessing of a timm model, as `config.preprocessing` holds it."""
     settings = resolve_data_config(pretrained_cfg=pretrained_cfg)
     # As JSON gives them back.
     values = {name: settings[name] for name in sorted(PREPROCESSING_KEYS)}

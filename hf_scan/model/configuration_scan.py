@@ -84,7 +84,7 @@ def _check_numbers(values: dict[str, Any]) -> None:
 
 
 def _check_kernels(values: dict[str, Any]) -> None:
-    """Names with a slash are repositories, whose code Transformers would fetch and run."""
+    """Refuse names with a slash: they are repositories, whose code Transformers would fetch and run."""
     for name, value in values.items():
         if not name.strip("_").startswith(("attn_implementation", "experts_implementation")) or value is None:
             continue

@@ -100,7 +100,7 @@ def _as_list(name: str, values: Any) -> list[float | None]:
         raise ValueError(f"`{name}` is {values!r}; expected {kind} for each exit.") from error
 
 
-def _take_arrays(cls: type[Any]) -> Any:
+def _take_arrays(cls: Any) -> Any:
     """Have a strict dataclass take tuples, arrays and tensors for its lists of numbers too."""
     set_checked = cls.__setattr__
 
@@ -109,7 +109,7 @@ def _take_arrays(cls: type[Any]) -> Any:
             value = _as_list(name, value)
         set_checked(self, name, value)
 
-    cls.__setattr__ = set_field  # type: ignore[assignment]
+    cls.__setattr__ = set_field
     return cls
 
 
@@ -207,7 +207,7 @@ class ExitConfig:
 
     def resolve(self, num_exits: int) -> list[float | int | None]:
         """
-        The thresholds of a network with `num_exits` exits, one each.
+        Return the thresholds of a network with `num_exits` exits, one each.
 
         Raises:
             `ValueError`: if there are none, or not as many as exits.
@@ -231,16 +231,16 @@ class ExitConfig:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the logits of earlier exits matter once these have been passed."""
+        """Return whether the rule needs the logits of earlier exits."""
         return self.fallback != "deepest" or callable(self.criterion) or self.criterion not in MEMORYLESS
 
     def scaled(self, logits: torch.Tensor, exit_index: int) -> torch.Tensor:
-        """An exit's logits divided by its temperature."""
+        """Return an exit's logits divided by its temperature."""
         return logits if self.temperatures is None else logits / self.temperatures[exit_index]
 
     def score(self, seen: Sequence[torch.Tensor], exits: Sequence[int]) -> torch.Tensor:
         """
-        How sure the last of some exits is of each sample, by the criterion.
+        Return the score of the last of some exits for each sample, by the criterion.
 
         Args:
             seen (`Sequence[torch.Tensor]`): Logits of the exits that ran, each `(batch_size, num_labels)`; the last
@@ -320,7 +320,7 @@ class ExitConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ExitConfig":
-        """Builds a configuration from a dictionary. Keys that a newer version wrote are left out with a warning."""
+        """Build a configuration from a dictionary. Keys that a newer version wrote are left out with a warning."""
         known = {entry.name for entry in fields(cls)}
         if unknown := sorted(set(values) - known):
             logger.warning(f"The exit configuration holds {unknown}, unknown to this version of hf_scan and ignored.")
@@ -331,7 +331,7 @@ class ExitConfig:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], filename: str = EXIT_CONFIG_NAME, **kwargs: Any
     ) -> "ExitConfig":
         """
-        Loads `exit_config.json` from a folder or from the Hub. A model that has none gets the defaults.
+        Load `exit_config.json` from a folder or from the Hub. A model that has none gets the defaults.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the Hub.
@@ -365,7 +365,7 @@ class ExitConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], filename: str = EXIT_CONFIG_NAME) -> None:
         """
-        Writes the configuration into a folder, which is made when missing.
+        Write the configuration into a folder, which is made when missing.
 
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
@@ -377,12 +377,12 @@ class ExitConfig:
         (folder / filename).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        """As [`~ExitConfig.save_pretrained`] writes it."""
+        """Return the text that [`~ExitConfig.save_pretrained`] writes."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def push_to_hub(self, repo_id: str, filename: str = EXIT_CONFIG_NAME, **kwargs: Any) -> Any:
         """
-        Adds the configuration to a repository on the Hub, in a commit of its own: for other thresholds of a model that
+        Add the configuration to a repository on the Hub, in a commit of its own: for other thresholds of a model that
         is there, or, under another name, for another operating point.
 
         Args:

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Download pinned, checksum-verified files."""
+"""Find and download files of one commit, and verify their checksums."""
 
 import hashlib
 import os

@@ -70,7 +70,7 @@ answer = {call}  # `image` as the model's image processor prepares it
 
 
 class HubMixin(PreTrainedModel):
-    """Loading, saving and pushing for [`ScanForImageClassification`]."""
+    """A mixin that loads, saves and pushes a [`ScanForImageClassification`]."""
 
     @property
     def exit_config(self) -> ExitConfig:
@@ -91,7 +91,7 @@ class HubMixin(PreTrainedModel):
         self._exit_config = exit_config
 
     def get_input_embeddings(self) -> None:
-        """Return `None`: there are no token embeddings. Quantisation by torchao asks."""
+        """Return `None`, as there are no token embeddings. Quantisation by torchao asks for them."""
 
     def post_init(self) -> None:
         weights = being_loaded.get()
@@ -318,9 +318,9 @@ class HubMixin(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs: Any) -> Any:
         """
-        As [`~transformers.PreTrainedModel.push_to_hub`]: weights, configuration, `exit_config.json` and image
-        processor in one commit, which takes weights and thresholds away that are no longer the model's. A repository
-        without a card gets one.
+        Push the network as [`~transformers.PreTrainedModel.push_to_hub`] does: weights, configuration,
+        `exit_config.json` and image processor in one commit, which also removes weights and thresholds that are no
+        longer the model's. A repository without a card gets one.
 
         Args:
             repo_id (`str`): The repository, such as `"org/scan-resnet50"`. It is created when there is none.
@@ -355,7 +355,7 @@ class HubMixin(PreTrainedModel):
                 return api.upload_folder(repo_id=repo_id, **given)
 
     def _card_of(self, repo_id: str, tags: list[str], token: Any) -> Any:
-        """A card for a repository that has none; its own, where tags are to be added; None to leave it as it is."""
+        """Return a card for a repository that has none, its own with tags added, or None to leave it as it is."""
         try:
             card = ModelCard.load(repo_id, token=token)
         except LocalEntryNotFoundError:
@@ -380,7 +380,7 @@ class HubMixin(PreTrainedModel):
 
     @contextmanager
     def _with_code(self, included: bool) -> Iterator[None]:
-        """Has what is saved meanwhile hold the code that it runs, or name none."""
+        """Save the code that the network runs with what is saved meanwhile, or name none there."""
         named = self.config.__dict__.pop("auto_map", None)
         classes: tuple[Any, ...] = (type(self), type(self.config))
         before = [owner._auto_class for owner in classes]

@@ -1,12 +1,12 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The preprocessing of a network as one of Transformers' own image processors."""
+"""Create an image processor of Transformers from the preprocessing of a network."""
 
 from transformers import ConvNextImageProcessor, PreTrainedModel
 
 
 def create_image_processor(model: PreTrainedModel) -> ConvNextImageProcessor:
     """
-    The preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
+    Return the preprocessing that the backbone was made for, as a stock image processor: saved beside the weights,
     `AutoImageProcessor` and `pipeline("image-classification")` find it. It is timm's own evaluation transform, but for
     one row and column of pixels where the margin around the centre crop is odd (0.95 of 224, say), and from 384
     pixels on, where this processor squeezes the whole image into the square instead of cropping it.

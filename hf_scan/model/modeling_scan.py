@@ -101,6 +101,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         self.gradient_checkpointing = False  # of whole stages; set by Transformers
         self.backbone_frozen = False
         self.compiled: CompiledStages | None = None  # set by `compile_stages`
+        self.all_modules: tuple[nn.Module, ...] | None = None  # set by `has_training_modules`
         self.backbone = create_backbone(config)
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
@@ -137,11 +138,13 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("stages", "compiled")}
+        rebuilt = ("stages", "compiled", "all_modules")
+        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.compiled = None
+        self.all_modules = None
         # Functions of the backbone, which no pickle holds.
         if not self.config.truncated:
             self.stages = cut_into_stages(self.backbone, self.config.exit_points)
@@ -248,11 +251,33 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
 
     def train(self, mode: bool = True) -> "ScanForImageClassification":
         super().train(mode)
+        self.all_modules = None
         if self.backbone_frozen:
             self.backbone.eval()
         if mode:
             self.compiled = None
         return self
+
+    def has_training_modules(self) -> bool:
+        """Return whether any module is in training mode, also if one was put into it alone."""
+        if self.all_modules is None:  # to list them takes a hundred times as long as to look at them
+            self.all_modules = tuple(self.modules())
+        return any(module.training for module in self.all_modules)
+
+    def warn_of_raw_pixels(self, mean: float) -> None:
+        """
+        Warn once if pixels cannot have come from the image processor, as those from 0 to 255.
+
+        Args:
+            mean (`float`): Of all pixels of a batch.
+        """
+        settings = self.config.preprocessing or {}
+        brightest = max((1 - offset) / scale for offset, scale in zip(settings["mean"], settings["std"]))
+        if brightest > 0 and mean > 2 * brightest + 1:
+            logger.warning_once(
+                f"The pixels of a batch are brighter on average than {brightest:.2f}, the most that the model's image "
+                "processor makes. Prepare images with it; pixels from 0 to 255 are not scaled by the network."
+            )
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
         super()._apply(*args, **kwargs)
@@ -453,9 +478,14 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             )
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
-        # One pass, and one number to wait for. (It also takes sums beyond float32 for infinite; no image has them.)
-        if values and not math.isfinite(pixel_values.sum(dtype=torch.float32).item()):
-            raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
+        if values:
+            # One pass, and one number to wait for. (Sums beyond float32 count as infinite too; no image has them.)
+            total = pixel_values.sum(dtype=torch.float32).item()
+            if not math.isfinite(total):
+                raise ValueError(
+                    "`pixel_values` holds NaN or infinite values; expected finite ones. Check the images."
+                )
+            self.warn_of_raw_pixels(total / pixel_values.numel())
 
     def check_labels(self, labels: torch.Tensor) -> None:
         """Raise a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""

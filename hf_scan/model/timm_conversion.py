@@ -16,7 +16,7 @@ from .provenance import unknown_images
 
 
 class TimmConversionMixin(PreTrainedModel):
-    """Adds `from_timm` to [`ScanForImageClassification`]."""
+    """A mixin that adds `from_timm` to [`ScanForImageClassification`]."""
 
     @classmethod
     def from_timm(
@@ -29,8 +29,8 @@ class TimmConversionMixin(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """
-        Equips a model of timm with early exits. Weights, label names and preprocessing are taken over, and the deepest
-        exit answers as the model did; the early exits have to be trained.
+        Equip a model of timm with early exits. Weights, label names and preprocessing are kept, and the deepest exit
+        answers as the model did. The early exits have to be trained.
 
         Args:
             model (`str` or `torch.nn.Module`): Name of a model as `timm.create_model` takes it, `hf-hub:` and
@@ -143,8 +143,8 @@ def _unwrapped(model: Any) -> Any:
 
 def _create_for_small_images(name: str, **kwargs: Any) -> Any:
     """
-    The network of 32x32 images whose weights are on the Hub under the name of timm's for larger ones. (There are
-    ResNets of that kind, whose authors changed the stem behind timm's back.)
+    Create the network for 32x32 images whose weights are on the Hub under the name of timm's network for larger ones.
+    (Their authors replaced the stem of a timm ResNet.)
     """
     if not name.startswith("hf-hub:"):
         return None
@@ -175,7 +175,7 @@ def _answer_alike(one: nn.Module, other: nn.Module, config: ScanConfig) -> bool:
 
 
 def _label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
-    """What timm knows the classes of a checkpoint by, if it does."""
+    """Return the names that timm has for the classes of a checkpoint, if it has any."""
     names = pretrained_cfg.get("label_names")
     if names is None and (subset := infer_imagenet_subset({"num_classes": num_labels})):
         info = ImageNetInfo(subset)

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import logging
 
-from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule, measure_costs
 from hf_scan.calibration import answering_column
 from hf_scan.model.exit_criteria import EXIT_CRITERIA
 from hf_scan.model.exit_rule import exit_columns, plan_exits
@@ -226,6 +228,49 @@ def test_non_finite_pixels(model, images, value):
 def test_training_mode_is_refused(images):
     with pytest.raises(ValueError, match=r"training mode.*Call `model\.eval\(\)` first"):
         random_scan_model().train().predict_adaptive(images, thresholds=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("name", ["backbone", "backbone.bn1", "exit_heads", "exit_heads.1"])
+def test_one_module_in_training_mode_is_refused(images, name):
+    """Put into it alone, before or after the first answer."""
+    model = random_scan_model()
+    for _ in range(2):
+        model.get_submodule(name).train()
+        for call in (
+            lambda: model.predict_adaptive(images, thresholds=[0.5, 0.5]),
+            lambda: list(model.predict_adaptive_stream([images], batch_size=8, thresholds=[0.5, 0.5])),
+            lambda: measure_costs(model, batch_size=1, rounds=1),
+            lambda: copy.deepcopy(model).predict_adaptive(images, thresholds=[0.5, 0.5]),
+        ):
+            with pytest.raises(ValueError, match=r"a module of it is in training mode.*Call `model\.eval\(\)` first"):
+                call()
+        model.get_submodule(name).eval()
+        model.predict_adaptive(images, thresholds=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("way", ["forward", "batch", "stream"])
+def test_pixels_from_0_to_255_are_warned_of_once(model, way, caplog):
+    def answer(images: torch.Tensor) -> None:
+        if way == "forward":
+            model(images)
+        elif way == "batch":
+            model.predict_adaptive(images, thresholds=[0.5, 0.5])
+        else:
+            list(model.predict_adaptive_stream([images], batch_size=4, thresholds=[0.5, 0.5]))
+
+    raw = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    white = (1 - torch.tensor(model.config.preprocessing["mean"])) / torch.tensor(model.config.preprocessing["std"])
+    logging.enable_propagation()
+    logging.warning_once.cache_clear()
+    try:
+        for images in (raw, white.reshape(1, 3, 1, 1).expand(4, 3, 16, 16)):
+            answer(images)
+        assert "image processor" not in caplog.text
+        for _ in range(2):
+            answer(255 * raw)
+    finally:
+        logging.disable_propagation()
+    assert caplog.text.count("Prepare images with it; pixels from 0 to 255 are not scaled") == 1
 
 
 def test_exit_config_round_trip(tmp_path):
