@@ -122,21 +122,22 @@ def _check_labels(values: dict[str, Any]) -> None:
 
 
 def _check_backbone(name: str) -> None:
+    shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
     if any(sign in name for sign in ":/\\"):
         raise ValueError(
-            f"`backbone` is {name!r}, which names a source or a path; expected the name of a model in timm's registry "
+            f"`backbone` is {shown}, which names a source or a path; expected the name of a model in timm's registry "
             "such as 'resnet50'. Weights are loaded with `from_pretrained`."
         )
     if not is_model(name):
         raise ValueError(
-            f"`backbone` is {name!r}, which timm {timm.__version__} does not know. `timm.list_models()` lists the "
+            f"`backbone` is {shown}, which timm {timm.__version__} does not know. `timm.list_models()` lists the "
             "names it knows; a newer timm may know more."
         )
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise ValueError(
-            f"`backbone` is {name!r}, whose pretrained tag timm {timm.__version__} does not know. Leave the tag out, "
+            f"`backbone` is {shown}, whose pretrained tag timm {timm.__version__} does not know. Leave the tag out, "
             "or choose one that `timm.list_pretrained()` lists."
         ) from error
 

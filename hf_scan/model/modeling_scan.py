@@ -271,7 +271,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         Args:
             mean (`float`): Of all pixels of a batch.
         """
-        settings = self.config.preprocessing or {}
+        settings = self.config.preprocessing
+        assert settings is not None  # the network filled it in
         brightest = max((1 - offset) / scale for offset, scale in zip(settings["mean"], settings["std"]))
         if brightest > 0 and mean > 2 * brightest + 1:
             logger.warning_once(

@@ -240,7 +240,7 @@ def test_a_network_far_larger_than_its_weights(checkpoint, changes, ignored):
         ({"backbone": VIT, "backbone_kwargs": {"act_layer": "nope"}}, "timm cannot make .*KeyError"),
         ({"backbone": VIT, "backbone_kwargs": {"num_heads": 7}}, "timm cannot make .*divisible by num_heads"),
         ({"backbone": "resnet18", "backbone_kwargs": {"norm_layer": {}}}, r"timm cannot make .*AssertionError\(\)"),
-        ({"backbone": "x" * 10**6}, "which timm .* does not know|names a model"),
+        ({"backbone": "x" * 10**6}, "which timm .* does not know"),
         ({"dtype": "int8"}, "`dtype` is 'int8'"),
         ({"dtype": "load"}, "`dtype` is 'load'"),
         ({"dtype": 3}, "`dtype` is 3"),
