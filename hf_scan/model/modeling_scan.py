@@ -215,7 +215,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
-        return small
+        return small.train(self.training)  # modules that stand for the removed ones start in training mode
 
     @property
     def num_exits(self) -> int:
