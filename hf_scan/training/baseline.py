@@ -22,7 +22,9 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
     assert config.image_size is not None  # the network filled it in
     size = [config.num_channels, config.image_size, config.image_size]
     # What timm and its image processor read of a checkpoint; else they would prepare images for timm's own weights.
-    prepared = {**(config.preprocessing or {}), "input_size": size, "test_input_size": size}
+    prepared = dict(config.preprocessing or {})
+    if len(prepared["mean"]) == config.num_channels:  # else timm would refuse the checkpoint
+        prepared |= {"input_size": size, "test_input_size": size}
     plain = TimmWrapperForImageClassification(
         TimmWrapperConfig(
             architecture=config.backbone,

@@ -685,7 +685,8 @@ def test_a_plain_copy_is_the_backbone(backbone):
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_a_plain_copy_keeps_the_preprocessing(tmp_path, num_channels):
     """Through a checkpoint, as both of timm's image processor and of a network made of it."""
-    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.5, "interpolation": "bilinear"}
+    mean, std = [0.1, 0.2, 0.3][:num_channels], [0.4, 0.5, 0.6][:num_channels]
+    given = {"mean": mean, "std": std, "crop_pct": 0.5, "interpolation": "bilinear"}
     config = ScanConfig(
         backbone="test_resnet", num_labels=3, image_size=96, num_channels=num_channels, preprocessing=given
     )
@@ -698,6 +699,10 @@ def test_a_plain_copy_keeps_the_preprocessing(tmp_path, num_channels):
     assert processor.data_config["crop_pct"] == 0.5
     again = ScanForImageClassification.from_timm(plain.timm_model, num_channels=num_channels)
     assert {name: again.config.preprocessing[name] for name in given} == given
+    # A network of another number of channels than its backbone's means, whose checkpoint timm reads nevertheless.
+    odd = ScanForImageClassification(ScanConfig(backbone="test_resnet", num_channels=2))
+    plain_copy(odd).save_pretrained(tmp_path)
+    assert len(AutoImageProcessor.from_pretrained(tmp_path).data_config["mean"]) == 3
 
 
 @pytest.mark.parametrize(
