@@ -449,35 +449,3 @@ model.push_to_hub("alice/net")
     assert not torch.equal(
         load(after["model.safetensors"])["backbone.fc.weight"], load(before["model.safetensors"])["backbone.fc.weight"]
     )
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"method": "POST", "path": "/repos/create", "status": 401},
-        {"method": "POST", "path": "/repos/create", "action": "reset"},
-        {"method": "POST", "path": "/commit/", "status": 500},
-        {"method": "POST", "path": "/commit/", "action": "drop"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("what", ["model", "model.exit_config"])
-def test_a_push_says_what_could_not_be_reached(hub, checkpoint, fault, what):
-    """Whatever kind of error the client raises."""
-    folder, _ = checkpoint
-    created = "create" in fault["path"]
-    if created and what == "model.exit_config":
-        pytest.skip("makes no repository")
-    if not created:
-        hub.push("alice/net", {"README.md": b"---\ntags: []\n---\n"})
-    hub.misbehave(**fault, times=None)
-    code = f"""
-try:
-    {what}.push_to_hub("alice/net")
-except OSError as error:
-    print(type(error).__name__, error)
-"""
-    said = hub.run(PUSH + code, folder).stdout
-    assert re.search(
-        r"^OSError alice/net could not be pushed to \(.*the connection, and push again\.$", said, re.DOTALL
-    )
