@@ -1,12 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-lower lint style clean
+.PHONY: help quickstart test test-transformers test-lower lint style clean
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 # Two files of tests at a time, on a thread each: most of the time they wait for processes that they start.
 PARALLEL := --numprocesses 2 --dist loadfile
-test test-lower: export OMP_NUM_THREADS ?= 1
+test test-transformers test-lower: export OMP_NUM_THREADS ?= 1
 # Nothing below talks to the Hub.
 export HF_HUB_OFFLINE ?= 1
 
@@ -24,6 +24,11 @@ quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, s
 
 test: $(STAMP)   ## Run the tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+test-transformers: $(STAMP) ## Run Transformers' own tests of models and configurations, which it downloads
+	$(VENV)/bin/python -m pip install --quiet parameterized
+	$(VENV)/bin/python -m tests.transformers_suite.source
+	$(VENV)/bin/python -m pytest -p no:warnings tests/transformers_suite
 
 $(VENV)-lower/.installed: pyproject.toml tests/lower_bounds.txt
 	test -x $(VENV)-lower/bin/python || $(PYTHON) -m venv $(VENV)-lower
@@ -43,4 +48,4 @@ style: $(STAMP)  ## Apply the style
 	$(VENV)/bin/ruff format .
 
 clean:           ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-lower runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lower .transformers-tests runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

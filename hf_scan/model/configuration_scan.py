@@ -246,7 +246,7 @@ class ScanConfig(PreTrainedConfig):
 
     model_type = "scan"
     # So that `EvalPrediction.predictions` of a plain `Trainer` is the array of logits that its users expect.
-    keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features", "attentions"]
+    keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features", "hidden_states", "attentions"]
 
     backbone: str = "cifar_resnet18"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, logging
 
 from .adaptive_stream import AdaptiveStreamMixin
@@ -43,6 +44,9 @@ class ScanImageClassifierOutput(ModelOutput):
         exit_features (`tuple[torch.FloatTensor]`, *optional*, returned when `output_exit_features=True`):
             One of shape `(batch_size, feature_size)` per exit: what the backbone's last layer reads, and of each early
             exit the same, brought to that width where it is narrower.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned when `output_hidden_states=True`):
+            One per exit, as [`~ScanForImageClassification.extract_features`] returns them: the map that each early
+            exit looks at, and what the backbone's own head does.
         attentions (`tuple[torch.FloatTensor]`, *optional*, returned when `output_attentions=True`):
             The mask of each early exit, `(batch_size, channels, height, width)` between 0 and 1: what its attention
             lets through of the feature it looks at.
@@ -54,7 +58,28 @@ class ScanImageClassifierOutput(ModelOutput):
     exit_logits: tuple[torch.Tensor, ...] = None  # type: ignore[assignment]
     ensemble_logits: torch.Tensor = None  # type: ignore[assignment]
     exit_features: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class StageLayer(GradientCheckpointingLayer):
+    """
+    A layer of Transformers that runs one stage of a backbone, and has no weights of its own. With gradient
+    checkpointing, the stage's intermediate values are computed anew in the backward pass.
+    """
+
+    def forward(self, anchor: torch.Tensor, *values: Any, stage: Stage, backbone: nn.Module) -> tuple[Any, ...]:
+        """
+        Run the stage.
+
+        Args:
+            anchor (`torch.Tensor`): A tensor that requires gradients. PyTorch's reentrant checkpoints give none to the
+                weights unless an input has them, and images do not.
+            values: What the stage before returned.
+            stage ([`Stage`]): The stage.
+            backbone (`torch.nn.Module`): The backbone that it is cut from.
+        """
+        return stage.forward(backbone, *values)
 
 
 class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMixin, PreTrainedModel):
@@ -98,7 +123,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
         self.num_labels = config.num_labels
-        self.gradient_checkpointing = False  # of whole stages; set by Transformers
         self.backbone_frozen = False
         self.compiled: CompiledStages | None = None  # set by `compile_stages`
         self.all_modules: tuple[nn.Module, ...] | None = None  # set by `has_training_modules`
@@ -133,6 +157,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             )
         config.exit_points = [stage.name for stage in stages[:-1]]
         self.stages = self.truncate_in_place(stages) if config.truncated else stages
+        self.stage_layers = nn.ModuleList(StageLayer() for _ in self.stages)
         self.exit_config = ExitConfig()
         self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
         self.post_init()
@@ -213,9 +238,13 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.config.head_width = [self.config.head_width[exit]]  # type: ignore[index]
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
+        small.stage_layers = small.stage_layers[:1]
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         return small.train(self.training)  # modules that stand for the removed ones start in training mode
+
+    def get_input_embeddings(self) -> None:
+        """Return None: images have no table of embeddings, as in `TimmWrapperForImageClassification`."""
 
     @property
     def num_exits(self) -> int:
@@ -295,8 +324,10 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             state ([`StageState`]): What the stage before returned, or `StageState.from_images(pixel_values)`.
         """
         stage = self.stages[index]
-        if self.gradient_checkpointing and self.training:
-            values = self._gradient_checkpointing_func(stage.forward, self.backbone, *state.values)
+        layer = self.stage_layers[index]
+        if layer.gradient_checkpointing and self.training:
+            anchor = torch.ones((), requires_grad=not self.backbone_frozen)
+            values = layer(anchor, *state.values, stage=stage, backbone=self.backbone)
         else:
             forward = stage.forward if self.compiled is None else self.compiled.stages[index]
             values = forward(self.backbone, *state.values)
@@ -386,6 +417,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         stage_features: tuple[torch.Tensor, ...] | None = None,
         output_exit_features: bool = False,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ScanImageClassifierOutput | tuple[Any, ...]:
         """
@@ -399,6 +431,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             output_exit_features (`bool`, *optional*, defaults to `False`): Whether to return each exit's feature.
             output_attentions (`bool`, *optional*): Whether to return the attention mask of each early exit. Defaults
                 to `config.output_attentions`.
+            output_hidden_states (`bool`, *optional*): Whether to return the feature of each stage. Defaults to
+                `config.output_hidden_states`.
             return_dict (`bool`, *optional*): Whether to return an output object rather than a tuple.
 
         Raises:
@@ -407,6 +441,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         check_values = not torch.compiler.is_compiling()
         if pixel_values is not None:
             self.check_pixel_values(pixel_values, values=check_values and pixel_values.device.type == "cpu")
@@ -421,7 +457,10 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         exit_logits: list[torch.Tensor] = []
         exit_features: list[torch.Tensor] = []
         masks: list[torch.Tensor] = []
+        hidden_states: list[torch.Tensor] = []
         for index, feature in enumerate(features):
+            if output_hidden_states:
+                hidden_states.append(feature)
             if index < len(self.exit_heads):
                 head = self.exit_heads[index]
                 pooled, logits, mask = head(feature)
@@ -446,6 +485,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             exit_logits=tuple(exit_logits),
             ensemble_logits=torch.stack(exit_logits).mean(dim=0),
             exit_features=tuple(exit_features) if output_exit_features else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(masks) if masks and output_attentions else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

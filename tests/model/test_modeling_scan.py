@@ -19,6 +19,7 @@ from transformers import (
     TimmWrapperForImageClassification,
     pipeline,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.model.compiled_stages import CompiledStages
@@ -494,7 +495,23 @@ def test_every_family_saves_and_loads(name):
         torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_hidden_states_are_the_stage_features_also_when_the_configuration_asks(images):
+    model = random_scan_model()
+    expected = model.extract_features(images)
+    asked = model(images, output_hidden_states=True).hidden_states
+    assert model(images).hidden_states is None
+    model.config.output_hidden_states = True
+    for given in (asked, model(images).hidden_states):
+        assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+    assert model(images, output_hidden_states=False).hidden_states is None
+
+
+def test_images_have_no_input_embeddings(model):
+    assert model.get_input_embeddings() is None  # as quantization in Transformers wants to hear
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model, images = random_scan_model(), torch.randn(4, 3, 16, 16)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -503,8 +520,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for enable in (False, True):
         if enable:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             assert model.is_gradient_checkpointing
+            assert sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules()) == model.num_exits
         model.zero_grad()
         model(images, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
