@@ -331,7 +331,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         else:
             forward = stage.forward if self.compiled is None else self.compiled.stages[index]
             values = forward(self.backbone, *state.values)
-        return StageState(values, stage.batched, state.batch_size)
+        return state.after(values, stage.batched)
 
     def _stage_features(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the feature of each stage as its head takes it, and at last the one for the backbone's own head."""

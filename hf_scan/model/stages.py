@@ -7,6 +7,7 @@ they are. A stage is a part of that list, made a function of the backbone, and p
 """
 
 import inspect
+import itertools
 import linecache
 import math
 import operator
@@ -30,16 +31,23 @@ class StageState:
         batched (`tuple[bool, ...]`): Which of the values have rows that belong to the images. The others, such as a
             position encoding, are the same for all.
         batch_size (`int`): Number of images.
+        image_size (`tuple[int, int]`): Height and width of the images in pixels.
     """
 
     values: tuple[Any, ...]
     batched: tuple[bool, ...]
     batch_size: int
+    image_size: tuple[int, int]
 
     @classmethod
     def from_images(cls, pixel_values: torch.Tensor) -> "StageState":
         """Return the state in front of the first stage, from images `(batch_size, num_channels, height, width)`."""
-        return cls((pixel_values,), (True,), pixel_values.shape[0])  # symbolic in an export, as `len` is not
+        batch_size, _, height, width = pixel_values.shape  # symbolic in an export, as `len` is not
+        return cls((pixel_values,), (True,), batch_size, (height, width))
+
+    def after(self, values: tuple[Any, ...], batched: tuple[bool, ...]) -> "StageState":
+        """Return the state behind a stage that returned `values` for these images."""
+        return StageState(values, batched, self.batch_size, self.image_size)
 
     def select(self, rows: torch.Tensor | slice) -> "StageState":
         """
@@ -51,7 +59,7 @@ class StageState:
         count = len(range(self.batch_size)[rows]) if isinstance(rows, slice) else len(rows)
         pairs = zip(self.values, self.batched)
         values = tuple(_rows(value, rows, self.batch_size) if batched else value for value, batched in pairs)
-        return StageState(values, self.batched, count)
+        return StageState(values, self.batched, count, self.image_size)
 
     @staticmethod
     def join(states: Sequence["StageState"]) -> "StageState":
@@ -59,7 +67,7 @@ class StageState:
         first = states[0]
         columns = zip(zip(*(state.values for state in states)), first.batched)
         values = tuple(_cat(values) if batched else values[0] for values, batched in columns)
-        return StageState(values, first.batched, sum(state.batch_size for state in states))
+        return StageState(values, first.batched, sum(state.batch_size for state in states), first.image_size)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ class Stage:
         channels_last (`bool`, *optional*, defaults to `False`): Whether the model's maps are
             `(batch_size, height, width, channels)`.
         num_prefix_tokens (`int`, *optional*, defaults to 1): Tokens in front of those that make up the map, if any.
+        patch_size (`tuple[int, int]`, *optional*): Height and width of what a token stands for, in pixels. Defaults to
+            the reduction.
     """
 
     name: str
@@ -89,15 +99,16 @@ class Stage:
     parts: frozenset[str]
     channels_last: bool = False
     num_prefix_tokens: int = 1
+    patch_size: tuple[int, int] | None = None
 
     def run(self, backbone: nn.Module, state: StageState) -> StageState:
         """Run the stage on what the stage before returned."""
-        return StageState(self.forward(backbone, *state.values), self.batched, state.batch_size)
+        return state.after(self.forward(backbone, *state.values), self.batched)
 
     def feature(self, state: StageState) -> torch.Tensor:
         """
-        Return the stage's feature as a map, whatever it is in the model: channels first or last, or a square of
-        tokens, alone or the first fitting one of several tensors.
+        Return the stage's feature as a map, whatever it is in the model: channels first or last, or a grid of tokens,
+        alone or the first fitting one of several tensors.
 
         Args:
             state ([`StageState`]): What [`~Stage.run`] returned.
@@ -114,15 +125,21 @@ class Stage:
                 return value.permute(0, 3, 1, 2) if last else value
             if value.ndim == 3 and value.shape[2] == self.channels:
                 # Class tokens are in front from the start in some models, and join later in others.
-                for prefix in (self.num_prefix_tokens, 0):
-                    count = value.shape[1] - prefix
-                    side = math.isqrt(max(0, count))
-                    if count > 0 and side * side == count:
-                        return value[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+                for prefix, grid in itertools.product((self.num_prefix_tokens, 0), self._grids(state.image_size)):
+                    if math.prod(grid) == value.shape[1] - prefix:
+                        return value[:, prefix:].transpose(1, 2).unflatten(2, grid)
         raise ValueError(
-            f"{self.name!r} returns {[tuple(value.shape) for value in _tensors(state.values[0])]}; expected a map or "
-            f"a square of tokens with {self.channels} channels. Choose other `exit_points`, or images that are square."
+            f"{self.name!r} returns {[tuple(value.shape) for value in _tensors(state.values[0])]} for images of "
+            f"{state.image_size}; expected {self.channels} channels, in a map or in a grid of tokens as "
+            f"{self._grids(state.image_size)}. Choose other `exit_points`, or another image size."
         )
+
+    def _grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return how many tokens a map may be high and wide: incomplete patches at the border are left out or not."""
+        (height, width), (patch_height, patch_width) = image_size, self.patch_size or (self.reduction, self.reduction)
+        whole = (height // patch_height, width // patch_width)
+        padded = (-(-height // patch_height), -(-width // patch_width))
+        return [whole, padded] if whole != padded else [whole]
 
 
 def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -> list[Stage]:
@@ -183,6 +200,7 @@ def cut_into_stages(backbone: Any, exit_points: list[int | str] | None = None) -
                 parts=parts,
                 channels_last=getattr(backbone, "output_fmt", None) == "NHWC",
                 num_prefix_tokens=getattr(backbone, "num_prefix_tokens", 1),
+                patch_size=_patch_size(backbone, tap["reduction"]),
             )
         )
         start, received = end, handed_on
@@ -232,6 +250,15 @@ def _taps(backbone: Any) -> list[dict[str, Any]]:
             "or more, and timm's `forward_features` and `forward_head`. Choose another backbone, such as 'resnet50'."
         )
     return taps
+
+
+def _patch_size(backbone: Any, reduction: int) -> tuple[int, int] | None:
+    """Return timm's own patch size, which need not be a square, where a map is as fine as the patches."""
+    patch_embed = getattr(backbone, "patch_embed", None)
+    if not hasattr(patch_embed, "feat_ratio"):
+        return None
+    height, width = patch_embed.feat_ratio(as_scalar=False)
+    return (height, width) if max(height, width) == reduction else None
 
 
 def _resolve(exit_points: list[int | str], taps: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -77,6 +77,27 @@ def test_every_family_runs_in_stages(name):
     torch.testing.assert_close(few, plain[rows], rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("size", "kwargs"),
+    [
+        ((32, 128), {"img_size": (32, 128)}),  # 2x8 tokens, as many as 4x4
+        ((128, 32), {"dynamic_img_size": True}),
+        ((36, 130), {"dynamic_img_size": True, "dynamic_img_pad": True}),
+        ((64, 64), {"img_size": 64, "patch_size": (32, 8)}),
+    ],
+)
+def test_tokens_make_up_the_grid_that_they_came_from(size, kwargs):
+    """Not a square because their number is one: each token of the map is that of its own place in the image."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_vit", num_classes=10, **kwargs).eval()
+    first = cut_into_stages(backbone, [0])[0]
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        state = first.run(backbone, StageState.from_images(images))
+        _, maps = backbone.forward_intermediates(images, indices=[0], intermediates_only=False)
+    assert torch.equal(first.feature(state), maps[0])
+
+
 def test_every_module_file_of_timm_is_known():
     """A new family belongs to the list above, or to those that are refused or too large to run here."""
     files = {file: set(timm.list_models(module=file)) for file in timm.list_modules()}
