@@ -3,10 +3,11 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from .exit_config import ExitConfig
@@ -54,7 +55,7 @@ class AdaptiveInferenceMixin:
     @torch.inference_mode()
     def predict_adaptive(
         self: EarlyExitNetwork,
-        pixel_values: torch.Tensor,
+        pixel_values: Any,
         exit_config: ExitConfig | None = None,
         max_exit: int | None = None,
         max_time_ms: float | None = None,
@@ -67,7 +68,9 @@ class AdaptiveInferenceMixin:
         not depend on the others in its batch.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images, which are
+                moved to the model's device and dtype. Also what an image processor returns, a NumPy array, a list of
+                images of one size, or a pair of images and labels, whose labels are left out.
             exit_config ([`ExitConfig`], *optional*): Defaults to `model.exit_config`.
             max_exit (`int`, *optional*): The exit, from 0, at which whatever is left is answered by the fallback.
             max_time_ms (`float`, *optional*): Milliseconds after which every sample gets the fallback's answer from
@@ -81,6 +84,7 @@ class AdaptiveInferenceMixin:
             [`AdaptiveOutput`]
 
         Raises:
+            `TypeError`: if the images are no tensors, such as a PIL image that no processor prepared.
             `ValueError`: if the images are not what the network takes, if there are no thresholds or the wrong number
                 of them, if `max_exit` or `max_time_ms` are out of range, if the model is in training mode, or, unless
                 these are skipped, if pixels or logits are NaN or infinite. The error says of which samples.
@@ -101,7 +105,7 @@ class AdaptiveInferenceMixin:
         """
         check_eval_mode(self)
         check_on_error(on_error)
-        self.check_pixel_values(pixel_values)
+        pixel_values = prepare_images(self, pixel_values)
         config = (exit_config or self.exit_config).replace(**kwargs)
         plan = plan_exits(config, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
@@ -294,6 +298,53 @@ def _answer(
 
 def _confidence(exit_config: ExitConfig, logits: torch.Tensor, index: int, score: torch.Tensor) -> torch.Tensor:
     return score if exit_config.criterion == "confidence" else confidence_of(exit_config.scaled(logits, index))
+
+
+def images_of(given: Any) -> torch.Tensor:
+    """
+    Return the images of what holds some: a tensor or a NumPy array, a dictionary with `pixel_values` as an image
+    processor returns it, a pair of images and labels, or a list of images of one size.
+
+    Raises:
+        `TypeError`: if it is something else, such as a PIL image.
+    """
+    images = given["pixel_values"] if isinstance(given, Mapping) and "pixel_values" in given else given
+    if isinstance(images, (tuple, list)):
+        if len(images) == 2 and _is_array(images[0]) and _is_label(images[1]):
+            images = images[0]
+        elif len(images) == 1 and _is_array(images[0]) and images[0].ndim == 4:
+            images = images[0]  # a row of columns, of which there is one
+        elif images and all(map(_is_array, images)) and len({tuple(image.shape) for image in images}) == 1:
+            images = torch.stack([torch.as_tensor(image) for image in images])
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, torch.Tensor):
+        held = f" of {sorted({type(image).__name__ for image in images})}" if isinstance(images, (tuple, list)) else ""
+        raise TypeError(
+            f"The images are a {type(images).__name__}{held}; expected a tensor (batch_size, num_channels, height, "
+            "width), a dictionary with such `pixel_values`, a pair of images and labels, or a list of images of one "
+            'size. Prepare images with the model\'s image processor: `processor(images, return_tensors="pt")`.'
+        )
+    return images
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _is_label(value: Any) -> bool:
+    """Return whether something is no image: images have three dimensions or more."""
+    return value.ndim < 3 if _is_array(value) else isinstance(value, (int, np.integer, str, list, tuple, Mapping))
+
+
+def prepare_images(network: EarlyExitNetwork, given: Any) -> torch.Tensor:
+    """Return the images of what holds some, checked, on the network's device and of its dtype."""
+    images = images_of(given)
+    network.check_pixel_values(images)
+    # Asked first, so that the usual case calls nothing of PyTorch, which for one image is time that counts.
+    if (images.device, images.dtype) != (network.device, network.dtype):
+        images = images.to(network.device, network.dtype)
+    return images
 
 
 def skipped_answer(network: EarlyExitNetwork, batch_size: int, like: torch.Tensor | None = None) -> AdaptiveOutput:

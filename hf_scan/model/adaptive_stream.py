@@ -2,7 +2,7 @@
 """`predict_adaptive_stream`: the engine for a stream of images, in which every stage runs full batches."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from .adaptive import (
     check_eval_mode,
     check_on_error,
     images_not_finite,
+    images_of,
     logits_not_finite,
     non_finite_images,
+    prepare_images,
     skipped_answer,
 )
 from .exit_config import ExitConfig
@@ -150,7 +152,7 @@ class _Stream:
                 if len(images) == 0:
                     continue
                 shape = shape or images.shape[1:]
-                self._check_images(images, shape)
+                images = self._prepare(images, shape)
             except StopIteration:
                 break
             except Exception as error:  # whatever the stream's own code raises
@@ -165,13 +167,13 @@ class _Stream:
         if self.error is not None:
             raise self.error
 
-    def _check_images(self, images: torch.Tensor, shape: torch.Size) -> None:
+    def _prepare(self, images: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         if images.shape[1:] != shape:
             raise ValueError(
                 f"The stream gave images of {tuple(images.shape[1:])} after some of {tuple(shape)}; expected one "
                 "size. Prepare all with the model's image processor."
             )
-        self.network.check_pixel_values(images)
+        return prepare_images(self.network, images)
 
     def _put(self, ids: torch.Tensor, images: torch.Tensor) -> Iterator[AdaptiveOutput]:
         """Put images into the first queue, without those whose pixels are not finite."""
@@ -189,8 +191,7 @@ class _Stream:
         else:
             self._note(ids)
         if len(images):
-            device = self.network.device
-            self.queues[0].put(Group(ids.to(device), StageState.from_images(images.to(device))))
+            self.queues[0].put(Group(ids.to(images.device), StageState.from_images(images)))
 
     def _note(self, ids: torch.Tensor) -> None:
         if self.note is not None:
@@ -260,20 +261,6 @@ def numbered_batches(batches: Any, batch_size: int) -> Iterator[tuple[torch.Tens
         start += len(images)
 
 
-def images_of(batch: Any) -> torch.Tensor:
-    """Return the images of a batch or a row: of a dictionary, of a pair of images and labels, or the tensor itself."""
-    if isinstance(batch, Mapping):
-        batch = batch["pixel_values"]
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], torch.Tensor):
-        batch = batch[0]
-    if not isinstance(batch, torch.Tensor):
-        raise TypeError(
-            f"The stream gave a {type(batch).__name__}; expected tensors of images, dictionaries with `pixel_values`, "
-            "or pairs of images and labels."
-        )
-    return batch
-
-
 def sharded_batches(dataset: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield a dataset's images with their indices; of several processes, each gets its own part, and none twice."""
     world, rank = 1, 0
@@ -282,10 +269,15 @@ def sharded_batches(dataset: Any, batch_size: int) -> Iterator[tuple[torch.Tenso
     starts = range(rank * batch_size, len(dataset), world * batch_size)
     parts = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
     loader = DataLoader(
-        dataset, batch_sampler=parts, collate_fn=lambda rows: torch.stack([images_of(row) for row in rows])
+        dataset, batch_sampler=parts, collate_fn=lambda rows: torch.stack([_image_of(row) for row in rows])
     )
     for indices, images in zip(parts, loader):
         yield torch.tensor(indices), images
+
+
+def _image_of(row: Any) -> torch.Tensor:
+    """Return the image of a dataset's row, which may be a column of several or the only one."""
+    return images_of(row[0] if isinstance(row, tuple) and len(row) == 1 else row)
 
 
 def _in_order(answers: Iterable[AdaptiveOutput], arrived: deque[int]) -> Iterator[AdaptiveOutput]:

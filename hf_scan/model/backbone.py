@@ -77,3 +77,22 @@ def timm_preprocessing(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 __all__ = ["backbone_arguments"]
+
+
+def check_image_size(backbone: Any, height: int, width: int) -> None:
+    """Raise a `ValueError` for images that a network made of patches does not take, as timm's patches say."""
+    patches: Any = getattr(backbone, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if size is None:
+        return
+    fits, expected = True, ""
+    if getattr(patches, "strict_img_size", False):
+        fits, expected = (height, width) == tuple(size), f"{tuple(size)}, the size that this network was made for"
+    elif not getattr(patches, "dynamic_img_pad", True):
+        patch = tuple(patches.patch_size)
+        fits, expected = not (height % patch[0] or width % patch[1]), f"whole patches of {patch}"
+    if not fits:
+        raise ValueError(
+            f"The images have a height and width of ({height}, {width}); expected {expected}. Prepare images with the "
+            "model's image processor, or make the network with another `image_size`."
+        )

@@ -15,8 +15,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, logging
 
+from .adaptive import prepare_images
 from .adaptive_stream import AdaptiveStreamMixin
-from .backbone import create_backbone, timm_preprocessing
+from .backbone import check_image_size, create_backbone, timm_preprocessing
 from .compiled_stages import CompiledStages
 from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
@@ -228,10 +229,10 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         True
         ```
         """
-        if self.config.truncated or not 0 <= exit < len(self.exit_heads):
+        if self.config.truncated or exit not in range(len(self.exit_heads)):
             raise ValueError(
-                f"`exit` is {exit}; this network can be truncated at {list(range(self.num_exits - 1))}. What answers "
-                "at the deepest exit is `model.backbone`."
+                f"`exit` is {exit!r}; this network can be truncated at {list(range(self.num_exits - 1))}. What "
+                "answers at the deepest exit is `model.backbone`."
             )
         small = copy.deepcopy(self)
         small.config.exit_points = [self.stages[exit].name]
@@ -242,9 +243,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         return small.train(self.training)  # modules that stand for the removed ones start in training mode
-
-    def get_input_embeddings(self) -> None:
-        """Return None: images have no table of embeddings, as in `TimmWrapperForImageClassification`."""
 
     @property
     def num_exits(self) -> int:
@@ -351,8 +349,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             `tuple[torch.Tensor]`: what each early exit looks at, `(batch_size, channels, height, width)`, and what the
             backbone's own head does. [`~ScanForImageClassification.forward`] takes it as `stage_features`.
         """
-        self.check_pixel_values(pixel_values)
-        return tuple(self._stage_features(pixel_values))
+        return tuple(self._stage_features(prepare_images(self, pixel_values)))
 
     def run_exit(self, index: int, state: StageState) -> torch.Tensor:
         """Return an exit's logits `(batch_size, num_labels)` from what its stage returned."""
@@ -424,7 +421,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         Run every stage and every exit.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images, which are
+                moved to the model's device and dtype.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class indices, for the loss.
             stage_features (`tuple[torch.Tensor]`, *optional*): In place of images, what
                 [`~ScanForImageClassification.extract_features`] returned for them. Then only the heads are run.
@@ -445,10 +443,12 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             output_hidden_states = self.config.output_hidden_states
         check_values = not torch.compiler.is_compiling()
         if pixel_values is not None:
-            self.check_pixel_values(pixel_values, values=check_values and pixel_values.device.type == "cpu")
+            pixel_values = prepare_images(self, pixel_values)
+            if check_values and pixel_values.device.type == "cpu":
+                self.check_pixel_values(pixel_values, values=True)
             features = self._stage_features(pixel_values)
         elif stage_features is not None:
-            features = iter(stage_features)
+            features = (feature.to(self.device, self.dtype) for feature in stage_features)
         else:
             raise ValueError("Neither `pixel_values` nor `stage_features` are given; expected images, or features.")
         if labels is not None and check_values and labels.device.type == "cpu":
@@ -519,6 +519,7 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             )
         if not all(pixel_values.shape):
             raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
+        check_image_size(self.backbone, *pixel_values.shape[2:])
         if values:
             # One pass, and one number to wait for. (Sums beyond float32 count as infinite too; no image has them.)
             total = pixel_values.sum(dtype=torch.float32).item()

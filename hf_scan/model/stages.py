@@ -254,7 +254,7 @@ def _taps(backbone: Any) -> list[dict[str, Any]]:
 
 def _patch_size(backbone: Any, reduction: int) -> tuple[int, int] | None:
     """Return timm's own patch size, which need not be a square, where a map is as fine as the patches."""
-    patch_embed = getattr(backbone, "patch_embed", None)
+    patch_embed: Any = getattr(backbone, "patch_embed", None)
     if not hasattr(patch_embed, "feat_ratio"):
         return None
     height, width = patch_embed.feat_ratio(as_scalar=False)

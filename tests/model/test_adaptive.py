@@ -13,9 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchFeature
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule, measure_costs
 from hf_scan.calibration import answering_column
@@ -223,6 +226,46 @@ def test_non_finite_pixels(model, images, value):
     images[3, 1, 2, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite values at position 3 of the batch; expected finite"):
         model.predict_adaptive(images, thresholds=[0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda images: BatchFeature({"pixel_values": images}),
+        lambda images: BatchFeature({"pixel_values": list(images.numpy())}),
+        lambda images: {"pixel_values": images, "labels": torch.zeros(len(images))},
+        lambda images: (images, torch.zeros(len(images), dtype=torch.long)),
+        lambda images: [images],
+        lambda images: list(images),
+        lambda images: images.numpy(),
+        lambda images: next(iter(DataLoader(TensorDataset(images), batch_size=len(images)))),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 5])
+def test_images_in_whatever_holds_them(model, images, wrap, count):
+    """Two images in a list are no pair of images and labels."""
+    images, policy = images[:count].float(), {"thresholds": [0.5, 0.5]}
+    expected = model.predict_adaptive(images, **policy).logits
+    assert torch.equal(model.predict_adaptive(wrap(images), **policy).logits, expected)
+    assert torch.equal(model(wrap(images)).logits, model(images).logits)
+    streamed = list(model.predict_adaptive_stream([wrap(images)], batch_size=count, ordered=True, **policy))
+    torch.testing.assert_close(torch.cat([some.logits for some in streamed]), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (Image.new("RGB", (16, 16)), "Image"),
+        ([Image.new("RGB", (16, 16))] * 2, r"list of \['Image'\]"),
+        ([torch.zeros(3, 16, 16), torch.zeros(3, 8, 8)], r"list of \['Tensor'\]"),
+        ({"images": torch.zeros(1, 3, 16, 16)}, "dict"),
+        ("cat.png", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_holds_no_images_is_named(model, given, found):
+    with pytest.raises(TypeError, match=rf"The images are a {found}; expected a tensor .*image processor"):
+        model.predict_adaptive(given, thresholds=[0.5, 0.5])
 
 
 def test_training_mode_is_refused(images):

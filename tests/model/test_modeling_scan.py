@@ -175,6 +175,8 @@ def test_a_truncated_network_answers_as_its_exit_does(backbone, exit_index, tmp_
 def test_truncation_where_there_is_no_early_exit(model, exit_index):
     with pytest.raises(ValueError, match=rf"`exit` is {exit_index}; this network can be truncated at \[0, 1\]"):
         model.truncate(exit=exit_index)
+    with pytest.raises(ValueError, match=r"`exit` is '0'; this network can be truncated at \[0, 1\]"):
+        model.truncate(exit="0")
     with pytest.raises(ValueError, match=r"`exit` is 0; this network can be truncated at \[\]"):
         model.truncate(exit=0).truncate(exit=0)
     with pytest.raises(ValueError, match="A truncated network ends at its one exit point"):
@@ -773,3 +775,47 @@ def test_from_timm_with_other_labels_starts_the_classifier_anew():
 def test_from_timm_refuses_what_it_cannot_describe(source, arguments, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         ScanForImageClassification.from_timm(source(), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_are_cast_to_the_models_dtype(dtype):
+    """As TimmWrapper does, in whatever answers images: a checkpoint of 16 bits comes with a processor of 32."""
+    model = random_scan_model().to(dtype)
+    images = torch.randn(6, 3, 16, 16)
+    policy = {"thresholds": [0.5, 0.5]}
+    with torch.inference_mode():
+        expected, answer = model(images.to(dtype)), model.predict_adaptive(images.to(dtype), **policy)
+        features = model.extract_features(images)
+        assert torch.equal(model(images).logits, expected.logits)
+        assert torch.equal(model(stage_features=[each.double() for each in features]).logits, expected.logits)
+        assert torch.equal(model.predict_adaptive(images, **policy).logits, answer.logits)
+        streamed = list(model.predict_adaptive_stream([images], batch_size=6, ordered=True, **policy))
+        assert torch.equal(torch.cat([some.exit_index for some in streamed]), answer.exit_index)
+        assert {output.logits.dtype for output in (expected, answer, *streamed)} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "size", "expected"),
+    [
+        ({"img_size": 64, "dynamic_img_size": False}, (32, 32), r"\(64, 64\)"),
+        ({"img_size": 64, "dynamic_img_size": True}, (72, 64), "whole patches of"),
+    ],
+)
+def test_a_vit_names_the_size_of_image_that_it_takes(kwargs, size, expected):
+    model = ScanForImageClassification(ScanConfig(backbone="test_vit", num_labels=3, backbone_kwargs=kwargs)).eval()
+    images = torch.randn(1, 3, *size)
+    for call in (model, model.extract_features, lambda given: model.predict_adaptive(given, thresholds=[0.5])):
+        with pytest.raises(ValueError, match=rf"height and width of .*; expected {expected}"):
+            call(images)
+
+
+def test_weights_without_a_checkpoint():
+    """`from_pretrained(None)` builds the network of a configuration with given weights."""
+    model, policy = random_scan_model(), ExitConfig(thresholds=[0.5, 0.5])
+    given = {"config": model.config, "state_dict": model.state_dict()}
+    loaded = ScanForImageClassification.from_pretrained(None, exit_config=policy, **given)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.exit_config == policy
+    heads = {name: value for name, value in model.state_dict().items() if name.startswith("exit_heads.")}
+    with pytest.raises(ValueError, match="The weights of `state_dict` lack"):
+        ScanForImageClassification.from_pretrained(None, config=model.config, state_dict=heads)
