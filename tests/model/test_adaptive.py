@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.utils import logging
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchFeature
+from transformers.utils import logging
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule, measure_costs
 from hf_scan.calibration import answering_column
