@@ -301,6 +301,11 @@ def test_quickstart(tmp_path):
     # The last process has loaded the folder and answered.
     assert "the same as a picture in" in output
     assert "speed-up realised, batch 64" in output
+    deployed = [(row["precision"], row["batch_size"]) for row in metrics["onnx_runtime"]]
+    assert deployed == [("float32", 1), ("float32", 64), ("INT8", 1), ("INT8", 64)]
+    assert output.count("speed-up in ONNX Runtime") == 4
+    adaptive = next(row for row in metrics["rows"] if row["name"] == "adaptive")["accuracy"]
+    assert metrics["onnx_runtime"][0]["accuracy"] == pytest.approx(adaptive, abs=0.005)
     rows = metrics["rows"]
     assert [row["name"] for row in rows][-2:] == ["adaptive", "plain backbone"]
     assert sum(row.get("share", 0) for row in rows) == pytest.approx(1)
