@@ -129,7 +129,8 @@ def _block(block: type[BasicBlock] | type[Bottleneck], inplanes: int, planes: in
         shortcut = nn.Sequential(
             nn.Conv2d(inplanes, outplanes, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(outplanes)
         )
-    return block(inplanes, planes, stride=stride, downsample=shortcut)
+    built: nn.Module = block(inplanes, planes, stride=stride, downsample=shortcut)
+    return built
 
 
 class CifarWideResNet(CifarNet):
@@ -239,9 +240,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(network: type[CifarNet], variant: str, taps: int, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
+    network_of_timm: nn.Module = build_model_with_cfg(
         network, variant, pretrained, feature_cfg={"out_indices": tuple(range(taps))}, **kwargs
     )
+    return network_of_timm
 
 
 def _resnet(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

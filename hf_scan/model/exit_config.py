@@ -267,7 +267,8 @@ class ExitConfig:
                 f"The exit criterion {self.criterion!r} returned {found}; "
                 f"expected a tensor of {tuple(expected)} finite scores, one for each sample."
             )
-        return score.float()  # a threshold is compared with float32
+        scores: torch.Tensor = score.float()  # a threshold is compared with float32
+        return scores
 
     def replace(self, **kwargs: Any) -> "ExitConfig":
         """

@@ -204,7 +204,8 @@ class HubMixin(PreTrainedModel):
         """Call Transformers, and say what its errors are about."""
         try:
             with checked_downloads(name, kwargs.get("cache_dir")):
-                return super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+                return model, info
         except SafetensorError as error:
             weights = being_loaded.get()
             if weights is not None:

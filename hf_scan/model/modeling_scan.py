@@ -355,9 +355,11 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         """Return an exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == len(self.exit_heads):
             compiled = None if self.compiled is None else self.compiled.deepest_head
-            return (compiled or self.backbone.forward_head)(state.values[0])
-        head = self.exit_heads[index] if self.compiled is None else self.compiled.heads[index]
-        return head(self.stages[index].feature(state))[1]
+            logits: torch.Tensor = (compiled or self.backbone.forward_head)(state.values[0])
+        else:
+            head = self.exit_heads[index] if self.compiled is None else self.compiled.heads[index]
+            _, logits, _ = head(self.stages[index].feature(state))
+        return logits
 
     def compile_stages(self, **kwargs: Any) -> None:
         """

@@ -127,7 +127,8 @@ class Stage:
                 # Class tokens are in front from the start in some models, and join later in others.
                 for prefix, grid in itertools.product((self.num_prefix_tokens, 0), self._grids(state.image_size)):
                     if math.prod(grid) == value.shape[1] - prefix:
-                        return value[:, prefix:].transpose(1, 2).unflatten(2, grid)
+                        tokens: torch.Tensor = value[:, prefix:].transpose(1, 2)
+                        return tokens.reshape(*tokens.shape[:2], *grid)
         raise ValueError(
             f"{self.name!r} returns {[tuple(value.shape) for value in _tensors(state.values[0])]} for images of "
             f"{state.image_size}; expected {self.channels} channels, in a map or in a grid of tokens as "
@@ -448,4 +449,4 @@ def _rows(value: Any, rows: torch.Tensor | slice, batch_size: int) -> Any:
     if value.shape[0] == batch_size:
         return value[rows]
     # Several rows for each image, one image after the other.
-    return value.unflatten(0, (batch_size, -1))[rows].flatten(0, 1)
+    return value.reshape(batch_size, -1, *value.shape[1:])[rows].flatten(0, 1)

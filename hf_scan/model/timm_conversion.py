@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .backbone import create_timm_model, size_argument, timm_preprocessing
 from .configuration_scan import ScanConfig
+from .evaluation_mode import evaluating
 from .provenance import unknown_images
 
 
@@ -165,10 +166,8 @@ def _answer_alike(one: nn.Module, other: nn.Module, config: ScanConfig) -> bool:
     images = example.new_ones(1, config.num_channels, config.image_size, config.image_size)
 
     def answer(model: nn.Module) -> torch.Tensor:
-        modes = [(module, module.training) for module in model.modules()]
-        logits = model.eval()(images)
-        for module, mode in modes:
-            module.training = mode
+        with evaluating(model):
+            logits: torch.Tensor = model(images)
         return logits
 
     return torch.allclose(answer(one), answer(other), rtol=1e-3, atol=1e-3)
