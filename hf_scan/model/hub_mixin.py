@@ -21,7 +21,7 @@ from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
 from .hub_files import check_regular_files, checked_downloads, find_file, named_push_errors, resolve_revision
 from .image_processing_scan import create_image_processor
 from .provenance import join_trained_on
-from .staged_folder import finish, staged
+from .staged_folder import settled_state, staged
 from .weight_files import (
     SAFETENSORS_DTYPES,
     CheckpointWeights,
@@ -148,9 +148,8 @@ class HubMixin(PreTrainedModel):
     ) -> tuple[Any, dict[str, Any]]:
         """Load a folder as it is at one moment: anew where it is saved to meanwhile."""
         for attempt in range(LOAD_ATTEMPTS):
-            finish(folder)
+            before = settled_state(folder)
             check_regular_files(folder)
-            before = folder_state(folder)
             try:
                 return_value = cls._load(name, model_args, dict(kwargs), exit_config)
             except Exception:
@@ -445,7 +444,7 @@ def _check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str
     missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
     if missing:
         raise ValueError(
-            f"The weights of {name or 'the state dict'} lack {len(missing)} of the backbone's, the first being "
+            f"The weights of {name or '`state_dict`'} lack {len(missing)} of the backbone's, the first being "
             f"{missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
         )
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from .weight_files import folder_state
+
 
 # A folder of files that are being written, and, by its new name, of files that are complete and being moved.
 WRITING, COMPLETE = ".saving-", ".saved-"
@@ -80,6 +82,15 @@ def finish(folder: str | os.PathLike[str]) -> None:
             time.sleep(0.05)
 
 
+def settled_state(folder: str | os.PathLike[str]) -> tuple[tuple[str, int, int, int], ...]:
+    """Return the [`folder_state`] of a folder into which no files are being moved, once it is so."""
+    while True:
+        finish(folder)
+        state = folder_state(folder)
+        if not any(Path(folder).glob(f"{COMPLETE}*")):
+            return state
+
+
 def _move(complete: Path) -> None:
     with suppress(FileNotFoundError):  # another process has finished it
         removed = json.loads((complete / PLAN).read_text(encoding="utf-8"))["removed"]
@@ -127,4 +138,4 @@ def _changed(path: Path) -> float:
     return time.time()
 
 
-__all__ = ["finish", "staged"]
+__all__ = ["finish", "settled_state", "staged"]

@@ -196,6 +196,10 @@ class ORTScanForImageClassification:
         """Return the engine as it is: providers are chosen when it is loaded."""
         return self
 
+    def has_training_modules(self) -> bool:
+        """Return `False`: an exported network has no modes."""
+        return False
+
     def eval(self) -> "ORTScanForImageClassification":
         """Return the engine, which is always in evaluation mode."""
         return self
