@@ -1,12 +1,12 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""From images to `pixel_values`: columns checked, splits kept apart, one preprocessing for training and for use."""
+"""Check and rename columns, and split datasets."""
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 
 
 def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:
     """
-    Renames the two columns to `image` and `labels`, drops the others, and makes labels class indices.
+    Rename the two columns to `image` and `labels`, drop the others, and convert labels to class indices.
 
     Args:
         dataset (`datasets.DatasetDict`): Any image classification dataset.
@@ -74,16 +74,15 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
 
 def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """
-    Takes a share of a split away, with the same mix of classes, so that thresholds are searched on images that
-    training never sees.
+    Split a stratified share off, such as held-out images to search thresholds on.
 
     Args:
         dataset (`datasets.Dataset`): With a column `labels`, as [`prepare_columns`] makes it.
-        share (`float`): Between 0 and 1.
-        seed (`int`): The same seed takes the same images.
+        share (`float`): Share to split off, between 0 and 1.
+        seed (`int`): The same seed gives the same split.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: what is left, and what was taken.
+        `tuple[datasets.Dataset, datasets.Dataset]`: the remaining images, and those split off.
 
     Raises:
         `ValueError`: if the share is not between 0 and 1, or too small or large for the classes there are.

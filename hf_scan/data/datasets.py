@@ -22,12 +22,12 @@ from .transforms import _erase, _further, _random_crop, _resize, _size, eight_bi
 
 class ImagesInMemory(TorchDataset):
     """
-    A split to train on, decoded once and held in memory as bytes, augmented by the batch: what [`train_transform`]
-    does, without its time for each image. On a `device`, images stay and are augmented there.
+    A train split that is decoded once, held in memory as bytes and augmented a batch at a time, as [`train_transform`]
+    augments single images. On a `device`, images are held and augmented there.
 
-    It is for images that are all as large once the shorter edge is resized, as those of CIFAR are, and that fit.
-    Leave `dataloader_num_workers` at 0, where there is nothing to wait for, unless `auto_augment` is used, which goes
-    from image to image; and `dataloader_pin_memory` off where images are on a device.
+    It is for images that are of one size once the shorter edge is resized, such as those of CIFAR, and that fit into
+    memory. Leave `dataloader_num_workers` at 0, as workers save no time, unless `auto_augment` is used, which handles
+    images one by one; and `dataloader_pin_memory` off where images are on a device.
 
     Args:
         rows (`datasets.Dataset`): With columns `image` and `labels`, as [`prepare_columns`] makes them.
@@ -100,9 +100,9 @@ class ImagesInMemory(TorchDataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch of rows, as PyTorch's loaders ask for it."""
+        """Return a batch of rows, as PyTorch's loaders request it."""
         images = self.images[torch.tensor(indices, device=self.images.device)]
-        # torchvision's own would move all images of a batch by the same random amount.
+        # torchvision's own would shift all images of a batch by the same random amount.
         if self.padding:
             images = _random_crop(images, self.padding)
         if self.flip:
@@ -123,11 +123,11 @@ class ImagesInMemory(TorchDataset):
 
 class DecodedRows(list[dict[str, Any]]):
     """
-    All rows of a dataset, transformed once and kept.
+    A list of all rows of a dataset, transformed once.
 
     Args:
-        rows (`datasets.Dataset`): With a transform that draws nothing at random.
-        split (`str`): What the progress bar calls it.
+        rows (`datasets.Dataset`): With a deterministic transform.
+        split (`str`): Its name in the progress bar.
     """
 
     def __init__(self, rows: Dataset, split: str) -> None:
@@ -137,10 +137,9 @@ class DecodedRows(list[dict[str, Any]]):
 
 class SeededImages(TorchDataset):
     """
-    A dataset that augments, with the randomness of each batch drawn from a seed, the epoch and the rows in it. So a
-    run that was interrupted goes on with the images that it would have seen, which the loaders' reading ahead prevents
-    otherwise, whatever the number of workers and processes. [`EpochCallback`] tells it the epoch; [`ScanTrainer`] adds
-    it by itself.
+    A dataset that augments each batch with random numbers from the run's seed, the epoch and the rows in the batch. So
+    a resumed run gets the images that the uninterrupted one would, with any number of workers and processes.
+    [`EpochCallback`] sets the epoch; [`ScanTrainer`] adds it by itself.
 
     Args:
         rows (`datasets.Dataset` or [`ImagesInMemory`]): With a transform that draws from PyTorch's generators.
@@ -153,7 +152,7 @@ class SeededImages(TorchDataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called at the start of each epoch."""
+        """Set the epoch, counted from 0."""
         self.epoch = epoch
         if isinstance(self.rows, ImagesInMemory):
             self.rows.set_epoch(epoch)
@@ -165,7 +164,7 @@ class SeededImages(TorchDataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch of rows, as PyTorch's loaders ask for it."""
+        """Return a batch of rows, as PyTorch's loaders request it."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             entropy = [self.seed % 2**64, self.epoch, *indices]
@@ -175,7 +174,8 @@ class SeededImages(TorchDataset):
 
 class EpochCallback(TrainerCallback):
     """
-    Tells a dataset the epoch, for a `Trainer`. Accelerate's loaders do so only in one process that was not resumed.
+    A callback that sets the epoch of a dataset. Accelerate's loaders do so only in a single process that was not
+    resumed.
 
     Args:
         dataset ([`SeededImages`]): The train split.

@@ -16,7 +16,7 @@ def train_transform(
     processor: BaseImageProcessor, crop: str = "pad", flip: bool = True, auto_augment: str = "none", erase: float = 0.0
 ) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
     """
-    A transform for `Dataset.with_transform` that augments.
+    Return a transform for `Dataset.with_transform` that augments images.
 
     Args:
         processor: The image processor, whose size, interpolation, mean and standard deviation are used.
@@ -82,7 +82,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
-    """A part of each padded image that is as large as the image was, each at its own random place."""
+    """Return a random crop of each padded image, of the image's own size."""
     size = images.shape[-1]
     padded = F.pad(images, [padding] * 4)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # views: (n, channels, places, places, size, size)
@@ -103,7 +103,7 @@ def _interpolation(processor: BaseImageProcessor) -> InterpolationMode:
 
 
 def _resize(processor: BaseImageProcessor, crop: str) -> list[torch.nn.Module]:
-    """What is done to an image before anything random is."""
+    """Return the deterministic steps that come before random ones."""
     size, interpolation = _size(processor), _interpolation(processor)
     if crop == "pad":
         return [v2.Resize(size, interpolation)]
@@ -122,14 +122,14 @@ def _further(auto_augment: str) -> list[torch.nn.Module]:
 
 
 def _erase(share: float) -> list[torch.nn.Module]:
-    """Cutout (DeVries and Taylor, 2017), with squares that lie within the image."""
+    """Return Cutout (DeVries and Taylor, 2017), with squares that lie within the image."""
     if not 0 <= share < 1:
         raise ValueError(f"`erase` is {share}; expected a share of the image's area of at least 0 and below 1.")
     return [v2.RandomErasing(p=1.0, scale=(share, share), ratio=(1.0, 1.0))] if share else []
 
 
 def eval_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
-    """A transform for `Dataset.with_transform` that does what the image processor does, and nothing else."""
+    """Return a transform for `Dataset.with_transform` that applies the image processor, and nothing else."""
 
     def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pixel_values = processor([eight_bits(image) for image in batch["image"]], return_tensors="pt")["pixel_values"]

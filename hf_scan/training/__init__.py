@@ -1,2 +1,2 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Training with self-distillation, and the folders that runs are written to."""
+"""Training with self-distillation, checkpoints and output folders."""

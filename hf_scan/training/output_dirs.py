@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""An output folder is replaced as a whole or not at all."""
+"""Replace output folders as a whole, lock them, and check their disk."""
 
+import errno
 import json
 import os
 import re
@@ -21,8 +22,8 @@ logger = logging.get_logger(__name__)
 @contextmanager
 def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path]:
     """
-    Gives a new folder to write into, which takes the place of `path` once the block ends without an error. After an
-    error in the block `path` is as it was.
+    Create a new folder to write into, which replaces `path` when the block ends without an error. After an error in
+    the block, `path` is unchanged.
 
     Args:
         path (`str` or `Path`): The folder to make or to replace. Its parents are made when missing.
@@ -33,7 +34,7 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
         `Path`: the folder to write into, beside `path`.
 
     Raises:
-        `OSError`: as [`check_replaceable`].
+        `OSError`: as [`check_replaceable`], or if the disk is full.
 
     Example:
 
@@ -51,12 +52,13 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
     """
     path = check_replaceable(path, keep)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system, so that the exchange is a rename.
+    # On the same file system, so that replacing it is a rename.
     workshop = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     new, old = workshop / "new", workshop / "old"
-    new.mkdir()  # with the permissions that folders get here; a temporary one is private
+    new.mkdir()  # with default permissions; a temporary folder is private
     try:
-        yield new
+        with named_full_disk(path, "what was there has not changed"):
+            yield new
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -72,6 +74,52 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
             workshop.rmdir()
         raise
     shutil.rmtree(workshop)
+
+
+@contextmanager
+def named_full_disk(path: str | Path, outcome: str) -> Iterator[None]:
+    """
+    Name the path, the outcome and a remedy in the error of a full disk.
+
+    Args:
+        path (`str` or `Path`): The file or the folder of a run that is written.
+        outcome (`str`): What the error says of it.
+
+    Raises:
+        `OSError`: if the disk is full, or a quota is used up. Other errors are left as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        last = last_whole_checkpoint(path)
+        resumed = f", and resume the run from {last}" if last else ""
+        raise OSError(
+            error.errno,
+            f"{path} could not be written: the disk is full, and {outcome}. Make space there, or choose another "
+            f"folder{resumed}.",
+        ) from error
+
+
+def check_space(folder: str | Path, needed: float, what: str, instead: str) -> None:
+    """
+    Raise an error if files would not fit on a disk. Call it before long work.
+
+    Args:
+        folder (`str` or `Path`): Where it would be written. It need not be there.
+        needed (`float`): Bytes.
+        what (`str`): What takes them, as the beginning of a sentence in the plural.
+        instead (`str`): What else to do, in the imperative.
+
+    Raises:
+        `OSError`: if there is not enough space.
+    """
+    path = Path(folder).resolve()
+    there = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > 0.9 * free:
+        raise OSError(f"{what} take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left. {instead}")
 
 
 def lock_output_folder(path: str | Path, keep: Sequence[str] = ()) -> FileLock:
@@ -141,8 +189,8 @@ def _mend(path: Path, keep: Sequence[str]) -> None:
 
 def last_whole_checkpoint(path: str | Path) -> str | None:
     """
-    The checkpoint in a run's folder that was written last, of those that were written to their end, to resume from. A
-    process that is killed, or a disk that is full, can leave one that was not.
+    Return the last checkpoint of a run that was written to its end, to resume from. A process that is killed, or a
+    disk that is full, can leave one that was not.
 
     Args:
         path (`str` or `Path`): The `output_dir` of a `Trainer`.
@@ -169,7 +217,7 @@ def _holds_model(path: Path) -> bool:
 
 def check_replaceable(path: str | Path, keep: Sequence[str] = ()) -> Path:
     """
-    Refuses to replace what is not a run's own folder. Called before long work, it saves the work.
+    Refuse to replace what is not a run's own folder. Call it before long work.
 
     Args:
         path (`str` or `Path`): The folder to replace.

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What a frozen backbone makes of every image, computed once: heads are then trained without running it again."""
+"""Features of a frozen backbone, computed once and stored, to train heads without running the backbone again."""
 
 import shutil
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import default_data_collator
 
 from ..data.digests import sample_digests
 from ..model.evaluation_mode import evaluating
+from .output_dirs import check_space, named_full_disk
 
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 class StageFeatures(Dataset[dict[str, Any]]):
     """
-    The features of a split, on disk. [`ScanTrainer`] trains and evaluates on it as on images.
+    A dataset of the features of a split, stored on disk. [`ScanTrainer`] trains and evaluates on it as on images.
 
     Args:
         folder (`str` or `Path`): Where [`extract_stage_features`] wrote them.
@@ -53,11 +54,11 @@ class StageFeatures(Dataset[dict[str, Any]]):
         self.stages = [np.load(file, mmap_mode="r") for file in files]
         self.labels = np.load(labels)
         samples = Path(folder, "samples.npy")
-        # Which images these are features of, where that is known.
+        # Digests of the images, where they are known.
         self.samples = np.load(samples) if samples.is_file() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder,)  # else a worker would get all features as a copy
+        return type(self), (self.folder,)  # a copy of the arrays would go to every worker
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,8 +77,8 @@ def extract_stage_features(
     num_workers: int = 0,
 ) -> StageFeatures:
     """
-    Runs the backbone once over a dataset, with a progress bar, and writes what every stage returns. It is worth its
-    space where the images are the same in every epoch, that is, without augmentation, and the backbone is frozen.
+    Run the backbone once over a dataset, with a progress bar, and store what every stage returns. This pays off where
+    the backbone is frozen and the images are the same in every epoch, that is, without augmentation.
 
     Args:
         model ([`ScanForImageClassification`]): The network, on any device. It is run in evaluation mode.
@@ -90,8 +91,8 @@ def extract_stage_features(
         [`StageFeatures`]
 
     Raises:
-        `ValueError`: if the dataset or the folder is not empty in the wrong way, or a stage returns no map.
-        `OSError`: if there is not enough space. Nothing is written then.
+        `ValueError`: if the dataset is empty or the folder is not, or a stage returns no map.
+        `OSError`: if there is not enough space. Nothing stays behind.
     """
     folder = Path(folder)
     if len(dataset) == 0:
@@ -100,7 +101,7 @@ def extract_stage_features(
         raise ValueError(f"{folder} is not empty; choose another folder for the features, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with evaluating(model):
+        with evaluating(model), named_full_disk(folder, "nothing is left there"):
             _write_features(model, dataset, folder, batch_size, num_workers)
     except BaseException:
         shutil.rmtree(folder)
@@ -117,7 +118,12 @@ def _write_features(
     for batch in tqdm(loader, desc="features of the frozen stages", leave=False):
         features = model.extract_features(batch["pixel_values"].to(model.device, model.dtype))
         if not arrays:
-            _check_space(folder, features, len(dataset))
+            check_space(
+                folder,
+                4 * len(dataset) * sum(feature[0].numel() for feature in features),
+                f"The features of {len(dataset)} images",
+                "Train on the images themselves, with smaller ones, or with fewer `exit_points`.",
+            )
             arrays = [
                 np.lib.format.open_memmap(
                     folder / f"stage_{index:02}.npy", "w+", np.float32, (len(dataset), *feature.shape[1:])
@@ -134,13 +140,3 @@ def _write_features(
     if samples is not None:
         np.save(folder / "samples.npy", samples)
     np.save(folder / "labels.npy", np.concatenate(labels))  # last: without it, the folder is no split
-
-
-def _check_space(folder: Path, features: tuple[torch.Tensor, ...], count: int) -> None:
-    needed = 4 * count * sum(feature[0].numel() for feature in features)
-    free = shutil.disk_usage(folder).free
-    if needed > 0.9 * free:
-        raise OSError(
-            f"The features of {count} images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left. "
-            "Train on the images themselves, with smaller ones, or with fewer `exit_points`."
-        )

@@ -174,6 +174,24 @@ def test_the_next_run_mends_what_a_killed_one_left(tmp_path, call):
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["run"]
 
 
+def test_a_disk_that_is_full_at_the_end(tmp_path):
+    """What was there stays, and the error says from where to go on."""
+    target = tmp_path / "run"
+    run_of_before(target)
+    (target / "checkpoint-5/trainer_state.json").write_text('{"global_step": 5}')
+    before = contents(target)
+
+    def fill():
+        with replaced_folder(target, keep=["checkpoint-*"]) as folder:
+            (folder / "metrics.json").symlink_to("/dev/full")
+            (folder / "metrics.json").write_text("{}")
+
+    with pytest.raises(OSError, match=r"run could not be written: the disk is full, .* resume the run from .*point-5"):
+        fill()
+    assert contents(target) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
 def test_two_runs_on_one_folder(tmp_path):
     target = tmp_path / "run"
     lock = lock_output_folder(target)
