@@ -41,6 +41,7 @@ from hf_scan.data import (
     EpochCallback,
     ImagesInMemory,
     SeededImages,
+    check_images,
     eval_transform,
     prepare_columns,
     split_off,
@@ -104,6 +105,9 @@ class DataArguments:
     )
     erase: float = field(
         default=0.0, metadata={"help": "Share of each train image that a square blanks out (Cutout)."}
+    )
+    check_images: bool = field(
+        default=True, metadata={"help": "Decode every image once before training, to name those that cannot be read."}
     )
     in_memory: bool = field(
         default=False,
@@ -218,7 +222,7 @@ def check_search_split(splits: DatasetDict) -> None:
         )
 
 
-def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
+def load_splits(data: DataArguments, seed: int, validate: bool, num_proc: int | None = None) -> DatasetDict:
     """The splits to train, search and test on, and one to watch training by if it is watched. They are disjoint."""
     loaded = load_dataset(data.dataset_name, data.dataset_config_name)
     test_split = data.test_split or next((name for name in ("test", "validation") if name in loaded), None)
@@ -227,6 +231,9 @@ def load_splits(data: DataArguments, seed: int, validate: bool) -> DatasetDict:
     _check_split_names(data.dataset_name, named, list(loaded))
     chosen = {name: loaded[split] for name, split in named.items()}
     splits = prepare_columns(DatasetDict(chosen), data.image_column, data.label_column)
+    if data.check_images and PartialState().is_main_process:
+        for name, rows in splits.items():  # before they are shuffled, so that rows are those of the dataset
+            check_images(rows, named[name], num_proc)
     if test_split is None:
         splits["train"], splits["test"] = split_off(splits["train"], 0.1, seed)
     if data.holdout and data.search_split is None:
@@ -329,7 +336,8 @@ def main() -> None:
     lock = lock_output_folder(args.output_dir, [*KEPT, FEATURES]) if args.process_index == 0 else None
     set_seed(args.seed)
     with args.main_process_first(desc="loading the dataset"):
-        splits = load_splits(data, args.seed, validate=args.eval_strategy != "no")
+        watched = args.eval_strategy != "no"
+        splits = load_splits(data, args.seed, validate=watched, num_proc=args.dataloader_num_workers or None)
     if not network.plain:
         check_search_split(splits)
     names = splits["train"].features["labels"].names

@@ -424,6 +424,19 @@ def test_a_search_split_of_its_own(train_script, tmp_path):
         splits_of(train_script, folder, search_split="none")
 
 
+def test_an_image_that_cannot_be_read_is_named_before_training(train_script, tmp_path):
+    folder = tmp_path / "images"
+    for label in ("a", "b"):
+        (folder / "validation" / label).mkdir(parents=True)
+        for number in range(5):
+            PILImage.new("RGB", (8, 8)).save(folder / "validation" / label / f"{number}.png")
+    shutil.copytree(folder / "validation", folder / "train")
+    (folder / "train/b/1.png").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"The 'train' split has 1 of 10 images .* row 6 \(.*train/b/1.png\)"):
+        splits_of(train_script, folder)
+    splits_of(train_script, folder, check_images=False, holdout=0.3)
+
+
 def test_a_class_without_a_train_image_is_named(train_script, tmp_path, capsys):
     splits_of(train_script, sorted_folder(tmp_path / "images", {"a": 40, "unseen": 40, "b": 40}))
     assert "The 'test' split has 1 classes without a train image, which cannot be learned, such as 'unseen'" in (

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""From images to `pixel_values`: columns, splits, transforms and digests."""
+"""Datasets of images: columns, splits, transforms, checks and digests."""
 
+from .checks import check_images
 from .columns import prepare_columns, split_off
 from .datasets import DecodedRows, EpochCallback, ImagesInMemory, SeededImages
 from .digests import digests_as_text, sample_digests, shared_with, some_digests, tensor_digests
@@ -12,6 +13,7 @@ __all__ = [
     "EpochCallback",
     "ImagesInMemory",
     "SeededImages",
+    "check_images",
     "digests_as_text",
     "eval_transform",
     "prepare_columns",

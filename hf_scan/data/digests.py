@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Digests of images, by which two splits are seen to share some."""
+"""Digests of images, to find images that two splits share."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -8,30 +8,27 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Image
-from torch.utils.data import ConcatDataset, Subset
-from transformers import (
-    default_data_collator,
-)
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from .datasets import DecodedRows, ImagesInMemory, SeededImages
 
 
 def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarray | None:
     """
-    Tells which images a dataset holds, so that two datasets can be seen to share some.
+    Return a digest of each image of a dataset, to find images that two datasets share.
 
-    An image of a `datasets.Dataset` is known by its bytes as they are stored, whatever the transform and the other
-    columns; a row without an image, by all that it holds. So is one of the classes here, which know their dataset, and
-    one of PyTorch's `Subset` and `ConcatDataset`. One of a list is known by its `pixel_values` and label. Stored
-    features are known by the images that they were computed from.
+    The digest of an image of a `datasets.Dataset` is that of its stored bytes, whatever the transform and the other
+    columns; that of a row without an image is of all its values. The classes of this package and PyTorch's `Subset`
+    and `ConcatDataset` give the digests of the datasets they hold. For a list or a `TensorDataset`, `pixel_values` and
+    label are digested; for stored features, the images that they were computed from.
 
     Args:
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): The images.
         rows (`Sequence[int]`, *optional*): Which of them. Defaults to all.
 
     Returns:
-        `np.ndarray` of shape `(n,)` and type uint64: 8 bytes of a hash of each; `None` where the dataset is of another
-        kind, whose images may be others the next time.
+        `np.ndarray` of shape `(n,)` and type uint64: 8 bytes of a hash of each; `None` for a dataset of another kind,
+        whose images may differ between reads.
     """
     while isinstance(dataset, (SeededImages, ImagesInMemory, DecodedRows)):
         dataset = dataset.rows
@@ -53,21 +50,33 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
         stored = stored if rows is None else stored.select(rows)
         batches = (table.to_pylist() for table in stored.iter(batch_size=64))
         return np.array([_digest(*_content(row)) for batch in batches for row in batch], dtype=np.uint64)
-    if isinstance(dataset, list) and all(isinstance(row, dict) and "pixel_values" in row for row in dataset[:1]):
-        singles = (default_data_collator([dataset[row]]) for row in (range(len(dataset)) if rows is None else rows))
-        digests = [tensor_digests(item["pixel_values"], item["labels"]) for item in singles]
+    if isinstance(dataset, (list, TensorDataset)) and (len(dataset) == 0 or _as_tensors(dataset[0]) is not None):
+        pairs = (_as_tensors(dataset[row]) for row in (range(len(dataset)) if rows is None else rows))
+        digests = [tensor_digests(*pair) for pair in pairs if pair is not None]
         return np.concatenate(digests) if digests else np.array([], dtype=np.uint64)
     return None
 
 
+def _as_tensors(row: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the pixels and the label of a row of tensors or arrays, each as a batch of one."""
+    if isinstance(row, (tuple, list)) and len(row) == 2:
+        row = {"pixel_values": row[0], "labels": row[1]}
+    if not isinstance(row, dict) or not isinstance(row.get("pixel_values"), (torch.Tensor, np.ndarray)):
+        return None
+    label = row.get("labels", row.get("label"))
+    if label is None or isinstance(label, str):
+        return None
+    return torch.as_tensor(row["pixel_values"])[None], torch.as_tensor(label)[None]
+
+
 DIGESTS_KEPT = 512
-DIGEST_DIGITS = 12  # hexadecimal; of a million images, two are taken for each other once in 500 times
+DIGEST_DIGITS = 12  # hexadecimal; with a million images, the probability of any collision is 1 in 500
 
 
 def some_digests(dataset: Any) -> str | None:
     """
-    How many images a dataset holds, and the digests of some, spread evenly over it, as text to be saved. A split that
-    holds a tenth of the dataset holds about a tenth of these.
+    Return the number of images of a dataset and the digests of some, spread evenly over it, as text to be saved. A
+    split that holds a tenth of the dataset holds about a tenth of these.
     """
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
@@ -76,15 +85,17 @@ def some_digests(dataset: Any) -> str | None:
 
 
 def digests_as_text(digests: np.ndarray) -> str:
-    """[`some_digests`] of a dataset whose digests are all known."""
+    """Return [`some_digests`] of a dataset whose digests are all known."""
     return _as_text(digests[_evenly(len(digests))], len(digests))
 
 
 def shared_with(digests: np.ndarray, text: str) -> tuple[int, float]:
     """
+    Return how many of a dataset's remembered images a split shares.
+
     Args:
-        digests (`np.ndarray` of shape `(n,)`): Of a split's images.
-        text (`str`): What [`some_digests`] gave for a dataset.
+        digests (`np.ndarray` of shape `(n,)`): Of the split's images.
+        text (`str`): [`some_digests`] of the dataset.
 
     Returns:
         `tuple[int, float]`: how many of the remembered images are in the split, and how many would be if the whole
@@ -106,7 +117,7 @@ def _as_text(digests: np.ndarray, size: int) -> str:
 
 
 def tensor_digests(pixel_values: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """The digests of images as they go into the network."""
+    """Return the digests of images as they go into the network."""
     pixels = pixel_values.float().cpu().contiguous().numpy()
     pairs = zip(pixels, labels.cpu().numpy().astype(np.int64))
     return np.array([_digest(image.tobytes(), label.tobytes()) for image, label in pairs], dtype=np.uint64)
