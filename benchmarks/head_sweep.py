@@ -33,8 +33,8 @@ from hf_scan.data import DecodedRows, ImagesInMemory, SeededImages, eval_transfo
 from hf_scan.data.digests import tensor_digests
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.training.collation import collate_rows
 from hf_scan.training.losses import SelfDistillationLoss
-from hf_scan.training.trainer import collate_rows
 
 
 # Attention, classifier, width.

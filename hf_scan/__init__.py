@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .model.exit_config import ExitConfig
     from .model.exit_rule import AdaptiveOutput, apply_exit_rule
     from .model.modeling_scan import ScanForImageClassification, ScanImageClassifierOutput
+    from .training.ema import EmaCallback
     from .training.trainer import ScanTrainer
     from .training.training_args import ScanTrainingArguments
 
@@ -26,6 +27,7 @@ if find_spec("torch") is not None and find_spec("transformers") is not None:
 # Imported lazily so that inference does not load training dependencies.
 _IMPORTED_WHEN_USED = {
     "AdaptiveOutput": ".model.exit_rule",
+    "EmaCallback": ".training.ema",
     "ExitConfig": ".model.exit_config",
     "ExitMonitor": ".calibration.monitor",
     "MeasuredCosts": ".costs",
@@ -52,6 +54,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AdaptiveOutput",
+    "EmaCallback",
     "ExitConfig",
     "ExitMonitor",
     "MeasuredCosts",

@@ -11,7 +11,8 @@ from transformers.utils import logging
 from ..costs.cost_model import CostModel
 from ..data.digests import digests_as_text
 from ..model.exit_config import ExitConfig
-from ..model.exit_rule import apply_exit_rule, num_answers
+from ..model.exit_rule import answers_of, apply_exit_rule, num_answers
+from ..model.problem_type import for_problem
 from .certify import CannotCertifyError, Certificate, RiskBound, certify_answers, check_bound, samples_needed
 from .cross_fitting import least_accuracy_to_ask
 from .exit_frontier import exit_frontier
@@ -84,7 +85,8 @@ def calibrate(
             random half of `dataset`, which the search then does not see.
         batch_size (`int`, *optional*, defaults to 1): Images at a time that measured costs are taken for. One of the
             sizes measured.
-        fallback, criterion, temperatures (*optional*): As in [`ExitConfig`].
+        fallback, criterion, temperatures (*optional*): As in [`ExitConfig`]. With several labels an image, the
+            criterion is `"label_confidence"`, and an answer counts as right if all its labels are.
         split (`str`, *optional*, defaults to `"search"`): What the split is called in the result.
         search_kwargs: For [`genetic_search`], where no target is given: `beta`, `seed`, `generations` and so on.
             The baseline is the deepest exit's accuracy on the split.
@@ -124,6 +126,7 @@ def calibrate(
     if latency == "p95" and batch_size != 1:
         raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
+    rule = for_problem(rule, model.config.problem_type)
     rule.replace(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
     known = {name: getattr(model.exit_config, name) for name in ("trained_on", "costs")}
     cost_model = CostModel.of(model, batch_size, macs="max_macs" in target, milliseconds="max_latency_ms" in target)
@@ -364,7 +367,8 @@ def _needed_by_next(table: ExitTable, rule: ExitConfig, cheaper: np.ndarray, bou
 def _answers(table: ExitTable, rule: ExitConfig, thresholds: np.ndarray) -> np.ndarray:
     """The classes that a policy answers, `(n,)`."""
     config = rule.replace(thresholds=_as_list(thresholds))
-    return apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config).logits.argmax(dim=-1).numpy()
+    answers = apply_exit_rule(torch.from_numpy(table.logits).unbind(dim=1), config)
+    return answers_of(answers.logits, config).numpy()
 
 
 def _shares(table: ExitTable, config: ExitConfig) -> list[float]:
@@ -393,7 +397,7 @@ def _outcome(table: ExitTable, config: ExitConfig, cost_model: CostModel) -> dic
     cost = cost_model.mean(config, _shares(table, config))
     outcome: dict[str, Any] = {
         "baseline_accuracy": float((table.deepest == table.labels).mean()),
-        "accuracy": float((answers.logits.argmax(dim=-1).numpy() == table.labels).mean()),
+        "accuracy": float((answers_of(answers.logits, config).numpy() == table.labels).mean()),
         "cost": cost / cost_model.plain_image,
         "cost_unit": f"{cost_model.unit}, as a share of the plain backbone's",
     }

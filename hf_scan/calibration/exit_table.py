@@ -21,7 +21,8 @@ from transformers import default_data_collator
 from ..data.digests import sample_digests, tensor_digests
 from ..model.evaluation_mode import evaluating
 from ..model.exit_config import ExitConfig
-from ..model.exit_rule import exit_columns
+from ..model.exit_rule import exit_columns, label_set_ids
+from ..model.problem_type import MULTI_LABEL
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class ExitTable:
         samples (`np.ndarray` of shape `(n,)`): Which images these are: [`~hf_scan.data.sample_digests`].
         split (`str`): The split's name.
         model (`str`): The weights that answered: [`~ScanForImageClassification.fingerprint`].
+        multi_label (`bool`, *optional*, defaults to `False`): Whether an image has several labels. `labels` then holds
+            [`~hf_scan.model.exit_rule.label_set_ids`]: an answer is right if all its labels are.
     """
 
     logits: np.ndarray
@@ -46,6 +49,7 @@ class ExitTable:
     samples: np.ndarray
     split: str
     model: str
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -64,7 +68,9 @@ class ExitTable:
 
     @property
     def deepest(self) -> np.ndarray:
-        """The classes that the deepest exit answers, `(n,)`."""
+        """The classes (with several labels, the numbers of the sets) that the deepest exit answers, `(n,)`."""
+        if self.multi_label:
+            return label_set_ids(torch.from_numpy(self.logits[:, -1] > 0)).numpy()
         return self.logits[:, -1].argmax(axis=-1)
 
     @property
@@ -103,7 +109,7 @@ class ExitTable:
         """Writes the table as one safetensors file. Its folder is made when missing."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"logits": self.logits, "labels": self.labels, "samples": self.samples}
-        facts = json.dumps({"split": self.split, "model": self.model})
+        facts = json.dumps({"split": self.split, "model": self.model, "multi_label": self.multi_label})
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"exit_table": facts})
 
     @classmethod
@@ -134,7 +140,8 @@ def collect_exit_logits(
     Args:
         model ([`ScanForImageClassification`]): The network, on any device.
         dataset (`datasets.Dataset`, `torch.utils.data.Dataset` or `DataLoader`): Gives dictionaries of `pixel_values`
-            and `labels` (or `label`), as for the `Trainer`, or pairs of an image's tensor and its label. Of a
+            and `labels` (or `label`), as for the `Trainer`, or pairs of an image's tensor and its label (with several
+            labels an image, 1 for each that it has and 0 for the others). Of a
             `DataLoader`, its dataset is read in order, by its `collate_fn`.
         split (`str`, *optional*, defaults to `"search"`): What the split is called in what is saved.
         batch_size (`int`, *optional*, defaults to 64): Images at a time.
@@ -149,6 +156,7 @@ def collect_exit_logits(
     collate: Callable[[Any], Any] | None = None
     if isinstance(dataset, DataLoader):
         dataset, collate = dataset.dataset, dataset.collate_fn
+    multi_label = model.config.problem_type == MULTI_LABEL
     pairs = _check_rows(dataset, split)
     if collate is None:
         collate = default_collate if pairs else default_data_collator
@@ -158,7 +166,7 @@ def collect_exit_logits(
     # An exported network has no modes.
     with evaluating(model) if isinstance(model, nn.Module) else nullcontext(), torch.inference_mode():
         for batch in tqdm(loader, desc=f"exit logits of {split}", leave=False):
-            pixel_values, classes = _images_and_labels(batch, split)
+            pixel_values, classes = _images_and_labels(batch, split, model.config.num_labels if multi_label else None)
             if samples is None:
                 digests.append(tensor_digests(pixel_values, classes))
             exit_logits = model(pixel_values.to(model.device, model.dtype)).exit_logits
@@ -170,6 +178,7 @@ def collect_exit_logits(
         samples=np.concatenate(digests) if samples is None else samples,
         split=split,
         model=model.fingerprint(),
+        multi_label=multi_label,
     )
 
 
@@ -211,13 +220,20 @@ def _check_rows(dataset: Any, split: str) -> bool:
     return pair
 
 
-def _images_and_labels(batch: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch's images, and class indices of shape `(batch_size,)`."""
+def _images_and_labels(batch: Any, split: str, num_labels: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch's images, and class indices of shape `(batch_size,)`, or of so many labels the sets' numbers."""
     if isinstance(batch, Mapping):
         images, labels = batch["pixel_values"], batch["labels"] if "labels" in batch else batch["label"]
     else:
         images, labels = batch
     labels = torch.as_tensor(labels)
+    if num_labels is not None:
+        if labels.shape != (len(images), num_labels) or not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(
+                f"The {split!r} split has labels of shape {tuple(labels.shape)} for {len(images)} images; expected "
+                f"{num_labels} for each, 1 for a label that it has and 0 for the others."
+            )
+        return images, label_set_ids(labels == 1)
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
     if labels.shape != (len(images),) or labels.dtype == torch.bool or labels.is_floating_point():

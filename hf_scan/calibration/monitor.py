@@ -12,7 +12,7 @@ from scipy.stats import binomtest, chi2_contingency
 from transformers.utils import logging
 
 from ..model.exit_config import ExitConfig
-from ..model.exit_rule import AdaptiveOutput
+from ..model.exit_rule import AdaptiveOutput, answers_of
 
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ class ExitMonitor:
         if len(rows):
             images = pixel_values[rows.to(pixel_values.device)].to(self.model.device, self.model.dtype)
             with torch.inference_mode():
-                deepest = self.model.backbone(images).argmax(dim=-1).cpu()
-            differs = int((deepest != answers.logits.argmax(dim=-1).cpu()[rows]).sum())
+                deepest = answers_of(self.model.backbone(images), self.model.exit_config).cpu()
+            differs = int((deepest != answers_of(answers.logits, self.model.exit_config).cpu()[rows]).sum())
             with self._lock:
                 self._shadowed += len(rows)
                 self._disagreeing += differs

@@ -41,11 +41,12 @@ def check_usable(table: ExitTable, exit_config: ExitConfig) -> None:
         )
     classes = np.unique(table.labels)
     if len(classes) == 1:
+        which = "" if table.multi_label else f", {int(classes[0])}"
         raise ValueError(
-            f"{name} has samples of one class only, {int(classes[0])}; thresholds need samples as they come in use. "
+            f"{name} has samples of one class only{which}; thresholds need samples as they come in use. "
             "Was the split taken from a dataset that is sorted by class?"
         )
-    if classes[0] < 0 or classes[-1] >= table.logits.shape[2]:
+    if not table.multi_label and (classes[0] < 0 or classes[-1] >= table.logits.shape[2]):
         raise ValueError(
             f"{name} has labels from {int(classes[0])} to {int(classes[-1])}, and the network knows "
             f"{table.logits.shape[2]} classes; expected indices from 0 to {table.logits.shape[2] - 1}."
@@ -119,7 +120,8 @@ def check_apart(model: "ScanForImageClassification", tables: Sequence[ExitTable]
                     f"The {other.split!r} and {table.split!r} splits share {shared} images; thresholds have to be "
                     "certified on images that did not choose them."
                 )
-    if unknown := unknown_parts(model.exit_config.trained_on):
+    trained_on = model.exit_config.trained_on
+    if unknown := unknown_parts(trained_on) or ([] if trained_on else ["no training of its weights is recorded"]):
         logger.warning(
             f"The network was trained on images that cannot be known ({', '.join(unknown)}). If images of the "
             f"{tables[0].split!r} split are among them, accuracy there is overestimated and no guarantee holds. Use "

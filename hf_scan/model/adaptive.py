@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .exit_config import ExitConfig
-from .exit_criteria import confidence_of
 from .exit_rule import AdaptiveOutput, ExitStep, fall_back, plan_exits
 from .memory import within_memory
+from .problem_type import LABEL_CONFIDENCE, for_problem
 from .stages import StageState
 
 
@@ -24,6 +24,7 @@ SKIPPED = -1  # the exit index of a sample that cannot be answered
 class EarlyExitNetwork(Protocol):
     """What the engines need of a network."""
 
+    config: Any
     exit_config: ExitConfig
 
     @property
@@ -106,7 +107,7 @@ class AdaptiveInferenceMixin:
         check_eval_mode(self)
         check_on_error(on_error)
         pixel_values = prepare_images(self, pixel_values)
-        config = (exit_config or self.exit_config).replace(**kwargs)
+        config = for_problem((exit_config or self.exit_config).replace(**kwargs), self.config.problem_type)
         plan = plan_exits(config, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
@@ -297,7 +298,8 @@ def _answer(
 
 
 def _confidence(exit_config: ExitConfig, logits: torch.Tensor, index: int, score: torch.Tensor) -> torch.Tensor:
-    return score if exit_config.criterion == "confidence" else confidence_of(exit_config.scaled(logits, index))
+    same = exit_config.criterion in ("confidence", LABEL_CONFIDENCE)
+    return score if same else exit_config.confidence(logits, index)
 
 
 def images_of(given: Any) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .adaptive import (
 from .exit_config import ExitConfig
 from .exit_rule import AdaptiveOutput, plan_exits
 from .memory import within_memory
+from .problem_type import for_problem
 from .stages import StageState
 
 
@@ -96,7 +97,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
         check_on_error(on_error)
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; expected a whole number of at least 1.")
-        config = (exit_config or self.exit_config).replace(**kwargs)
+        config = for_problem((exit_config or self.exit_config).replace(**kwargs), self.config.problem_type)
         plan = plan_exits(config, self.num_exits, max_exit)
         failed: list[int] = []
 

@@ -178,11 +178,11 @@ def _check_preprocessing(values: dict[str, Any]) -> None:
 
 
 def _check_problem_type(problem_type: object) -> None:
-    if problem_type not in (None, "single_label_classification"):
+    expected = (None, "single_label_classification", "multi_label_classification")
+    if problem_type not in expected:
         raise ValueError(
-            f"`problem_type` is {problem_type!r}; expected 'single_label_classification' or None: an exit's score "
-            "compares classes of which one is right. For several labels an image, or for regression, train the timm "
-            "model without exits."
+            f"`problem_type` is {problem_type!r}; expected one of {expected}: exits are scored by how certain labels "
+            "are. For regression, train the timm model without exits."
         )
 
 
@@ -226,6 +226,10 @@ class ScanConfig(PreTrainedConfig):
         preprocessing (`dict[str, Any]`, *optional*):
             How images are prepared, in timm's words: `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
             Defaults to how those were that the backbone was made for.
+        problem_type (`str`, *optional*):
+            `"multi_label_classification"` for several labels an image: labels of shape `(batch_size, num_labels)`
+            between 0 and 1, the binary cross-entropy at every exit, and the criterion `"label_confidence"`. Otherwise
+            one label of an image is right.
 
     Raises:
         `ValueError`: if `backbone` is not in timm's registry, or `backbone_kwargs` or a further argument names a

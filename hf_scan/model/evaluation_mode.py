@@ -29,6 +29,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     [True, False]
     ```
     """
+    if not isinstance(model, nn.Module):  # an exported network, which has no modes
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -15,8 +15,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
-from .exit_criteria import EXIT_CRITERIA, MEMORYLESS
+from .exit_criteria import EXIT_CRITERIA, MEMORYLESS, confidence_of, label_confidence_of
 from .hub_files import check_file_name, find_file, named_push_errors
+from .problem_type import LABEL_CONFIDENCE
 
 
 logger = logging.get_logger(__name__)
@@ -131,15 +132,16 @@ class ExitConfig:
             The score: `"confidence"` (the largest softmax probability), `"margin"` (its distance from the second
             largest), `"entropy"` (one minus the normalised entropy), `"patience"` (how many exits in a row
             predict the same class: (p - 1) / p lets a sample exit when p do), `"ensemble_confidence"` (the confidence
-            of the mean of the logits so far), or a function of the list of logits so far that returns
-            `(batch_size,)` scores. A function is not saved.
+            of the mean of the logits so far), `"label_confidence"` (how certain the least certain label is, for
+            networks that give several labels an image, which take no other), or a function of the list of logits so
+            far that returns `(batch_size,)` scores. A function is not saved.
         temperatures (`list[float]`, *optional*):
             One per exit, each in [0.001, 1000], by which its logits are divided before they are scored. The answer's
             logits stay as they are.
         fallback (`str`, *optional*, defaults to `"ensemble"`):
             The answer to a sample that exits nowhere: `"ensemble"`, the mean of the logits of every classifier that
-            ran, `"deepest"`, or `"most_confident"`, the classifier of those whose largest softmax probability is
-            largest.
+            ran, `"deepest"`, or `"most_confident"`, the classifier of those whose largest softmax probability (with
+            several labels, label confidence) is largest.
         search (`dict[str, Any]`, *optional*):
             Provenance: how the thresholds were found: method, settings, data, and results there.
         guarantee (`dict[str, Any]`, *optional*):
@@ -237,6 +239,20 @@ class ExitConfig:
     def scaled(self, logits: torch.Tensor, exit_index: int) -> torch.Tensor:
         """Return an exit's logits divided by its temperature."""
         return logits if self.temperatures is None else logits / self.temperatures[exit_index]
+
+    def confidence(self, logits: torch.Tensor, exit_index: int | None = None) -> torch.Tensor:
+        """
+        Return how confident an answer is, by one class or by all labels as the criterion is.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, num_labels)`): The answer.
+            exit_index (`int`, *optional*): The exit that gave it, whose temperature is used.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`.
+        """
+        scaled = logits if exit_index is None else self.scaled(logits, exit_index)
+        return label_confidence_of(scaled) if self.criterion == LABEL_CONFIDENCE else confidence_of(scaled)
 
     def score(self, seen: Sequence[torch.Tensor], exits: Sequence[int]) -> torch.Tensor:
         """

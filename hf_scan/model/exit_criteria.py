@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .problem_type import LABEL_CONFIDENCE
+
 
 # Takes the logits of the exits that ran, shallow to deep, each `(batch_size, num_labels)` and divided by its
 # temperature; returns scores `(batch_size,)`, larger where the answer is more certain. A sample leaves when its score
@@ -15,6 +17,14 @@ ExitCriterion = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 def confidence_of(logits: torch.Tensor) -> torch.Tensor:
     """Return the largest softmax probability over the last dimension, in float32 for logits of any type."""
     return logits.float().softmax(dim=-1).amax(dim=-1)
+
+
+def label_confidence_of(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Return the smallest max(p, 1 - p) over the labels, with p each label's sigmoid probability, in float32 for logits
+    of any type: how certain the least certain label is.
+    """
+    return logits.float().abs().amin(dim=-1).sigmoid()
 
 
 def confidence(seen: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -54,15 +64,31 @@ def ensemble_confidence(seen: Sequence[torch.Tensor]) -> torch.Tensor:
     return confidence_of(torch.stack(list(seen)).mean(dim=0))
 
 
+def label_confidence(seen: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    Return the smallest max(p, 1 - p) over the labels, for several labels an image. Where probabilities are calibrated,
+    all labels of an answer are right with at most this probability, whether or not they depend on each other (the
+    Fréchet bound: an intersection is no more probable than the least probable of its events).
+    """
+    return label_confidence_of(seen[-1])
+
+
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "confidence": confidence,
     "margin": margin,
     "entropy": entropy,
     "patience": patience,
     "ensemble_confidence": ensemble_confidence,
+    "label_confidence": label_confidence,
 }
 # Criteria that read the exit's own logits only.
-MEMORYLESS = frozenset({"confidence", "margin", "entropy"})
+MEMORYLESS = frozenset({"confidence", "margin", "entropy", LABEL_CONFIDENCE})
 
 
-__all__ = ["EXIT_CRITERIA", "MEMORYLESS", "ExitCriterion", "confidence_of"]
+__all__ = [
+    "EXIT_CRITERIA",
+    "MEMORYLESS",
+    "ExitCriterion",
+    "confidence_of",
+    "label_confidence_of",
+]

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .exit_config import ExitConfig
-from .exit_criteria import confidence_of
+from .problem_type import LABEL_CONFIDENCE
 
 
 @dataclass
@@ -23,8 +23,8 @@ class AdaptiveOutput(ModelOutput):
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Each sample's answer.
         exit_index (`torch.LongTensor` of shape `(batch_size,)`): The exit that gave it, from 0; `num_exits` where the
             ensemble did; -1 for a sample that was skipped because its pixels or logits are not finite.
-        confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability, at its
-            exit's temperature.
+        confidence (`torch.FloatTensor` of shape `(batch_size,)`): The answer's largest softmax probability, or with
+            several labels an image its label confidence, at its exit's temperature.
         ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Which images these are, where they come from a
             stream.
     """
@@ -98,12 +98,12 @@ def fall_back(
     if exit_config.fallback == "ensemble":
         logits = torch.stack(list(seen)).mean(dim=0)
         exit_index = torch.full(logits.shape[:1], num_exits, device=logits.device)
-        return AdaptiveOutput(logits, exit_index, confidence_of(logits))
+        return AdaptiveOutput(logits, exit_index, exit_config.confidence(logits))
     if exit_config.fallback == "deepest":
         logits, last = seen[-1], exits[-1]
         exit_index = torch.full(logits.shape[:1], last, device=logits.device)
-        return AdaptiveOutput(logits, exit_index, confidence_of(exit_config.scaled(logits, last)))
-    confidences = torch.stack([confidence_of(exit_config.scaled(*pair)) for pair in zip(seen, exits)])
+        return AdaptiveOutput(logits, exit_index, exit_config.confidence(logits, last))
+    confidences = torch.stack([exit_config.confidence(*pair) for pair in zip(seen, exits)])
     best = confidences.argmax(dim=0)
     logits = torch.stack(list(seen))[best, torch.arange(len(best), device=best.device)]
     return AdaptiveOutput(logits, torch.tensor(exits, device=best.device)[best], confidences.amax(dim=0))
@@ -135,7 +135,7 @@ def apply_exit_rule(exit_logits: Sequence[torch.Tensor], exit_config: ExitConfig
         if threshold is not None:
             exits = ran[: position + 1]
             leaves = exit_config.score([exit_logits[i] for i in exits], exits) > threshold
-            confidence = confidence_of(exit_config.scaled(exit_logits[index], index))
+            confidence = exit_config.confidence(exit_logits[index], index)
             answer = AdaptiveOutput(
                 logits=torch.where(leaves[:, None], exit_logits[index], answer.logits),
                 exit_index=answer.exit_index.masked_fill(leaves, index),
@@ -154,6 +154,45 @@ def num_answers(num_exits: int, fallback: str) -> int:
     return num_exits + (fallback != "deepest")
 
 
+def answers_of(logits: torch.Tensor, exit_config: ExitConfig) -> torch.Tensor:
+    """
+    Return each sample's answer as one number: its class, or, where the criterion is that of several labels an image,
+    [`label_set_ids`] of the labels whose probability is above one half. Equal answers have equal numbers.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`): The answers.
+        exit_config ([`ExitConfig`]): Its criterion is read.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`.
+    """
+    return label_set_ids(logits > 0) if exit_config.criterion == LABEL_CONFIDENCE else logits.argmax(dim=-1)
+
+
+def label_set_ids(present: torch.Tensor) -> torch.Tensor:
+    """
+    Return a number of 64 bits for each set of labels: the sum of those of its labels. Two sets have the same one by
+    chance, once in 2^64 (Zobrist, "A New Hashing Method with Application for Game Playing", 1970).
+
+    Args:
+        present (`torch.BoolTensor` of shape `(batch_size, num_labels)`): The sets.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`.
+    """
+    return (present * _label_ids(present.shape[-1]).to(present.device)).sum(dim=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _label_ids(count: int) -> torch.Tensor:
+    # SplitMix64 (Steele et al., OOPSLA 2014), which is the same in every version of every library.
+    with np.errstate(over="ignore"):
+        mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((mixed ^ (mixed >> np.uint64(31))).view(np.int64))
+
+
 def exit_columns(
     exit_logits: tuple[torch.Tensor, ...] | list[torch.Tensor], exit_config: ExitConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +205,8 @@ def exit_columns(
         exit_config ([`ExitConfig`]): Says how exits are scored and which are off. Without thresholds, none is.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: predicted classes and scores, both `(batch_size, num_exits + 1)`.
+        `tuple[torch.Tensor, torch.Tensor]`: answers, as [`answers_of`] returns them, and scores, both
+            `(batch_size, num_exits + 1)`.
     """
     thresholds = exit_config.thresholds or [0.0] * len(exit_logits)
     deepest = len(exit_logits) - 1
@@ -179,10 +219,10 @@ def exit_columns(
             exits.append(index)
             scores.append(exit_config.score(seen, exits))
         else:
-            scores.append(confidence_of(logits))  # is compared with no threshold
+            scores.append(exit_config.confidence(logits))  # is compared with no threshold
     config = exit_config.replace(fallback=last_answer(exit_config.fallback))
     last = fall_back(config, seen, exits, len(exit_logits))
-    predictions = torch.stack([logits.argmax(dim=-1) for logits in (*exit_logits, last.logits)], dim=1)
+    predictions = torch.stack([answers_of(logits, exit_config) for logits in (*exit_logits, last.logits)], dim=1)
     return predictions, torch.stack([*scores, last.confidence], dim=1)
 
 
@@ -217,9 +257,11 @@ __all__ = [
     "AdaptiveOutput",
     "ExitStep",
     "answering_column",
+    "answers_of",
     "apply_exit_rule",
     "exit_columns",
     "fall_back",
+    "label_set_ids",
     "last_answer",
     "num_answers",
     "plan_exits",

@@ -20,7 +20,8 @@ from .backbone import create_backbone
 from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
 from .hub_files import check_regular_files, checked_downloads, find_file, named_push_errors, resolve_revision
 from .image_processing_scan import create_image_processor
-from .provenance import join_trained_on
+from .problem_type import for_problem
+from .provenance import join_trained_on, unknown_images
 from .staged_folder import settled_state, staged
 from .weight_files import (
     SAFETENSORS_DTYPES,
@@ -82,7 +83,7 @@ class HubMixin(PreTrainedModel):
 
     @exit_config.setter
     def exit_config(self, value: ExitConfig | dict[str, Any]) -> None:
-        exit_config = as_exit_config(value)
+        exit_config: ExitConfig = for_problem(as_exit_config(value), self.config.problem_type)
         before = vars(self).get("_exit_config")
         if before is not None:
             trained_on = join_trained_on(before.trained_on, exit_config.trained_on)
@@ -117,7 +118,8 @@ class HubMixin(PreTrainedModel):
             pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the Hub; `None` with `config`
                 and `state_dict`.
             exit_config ([`ExitConfig`], `dict` or `str`, *optional*): Used instead of the checkpoint's
-                `exit_config.json`; a name is that of another file there.
+                `exit_config.json`; a name is that of another file there. Its `trained_on` keeps what the checkpoint's
+                says, which belongs to the weights.
 
         Raises:
             `OSError`: if there are no weights, or they are damaged; if a file came from the Hub with another checksum
@@ -237,9 +239,7 @@ class HubMixin(PreTrainedModel):
         model: Any,
         kwargs: dict[str, Any],
         access: dict[str, Any],
-    ) -> ExitConfig | dict[str, Any]:
-        if exit_config is not None and not isinstance(exit_config, str):
-            return exit_config
+    ) -> ExitConfig:
         given = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
         settings = {key: kwargs[key] for key in given if key in kwargs}
         # The commit of the weights, though there may be a newer one by now. What could not be resolved before the load
@@ -247,7 +247,18 @@ class HubMixin(PreTrainedModel):
         revision = getattr(model.config, "_commit_hash", None) or resolve_revision(
             name, kwargs["revision"], **{**access, "local_files_only": True}
         )
-        return ExitConfig.from_pretrained(name, exit_config or EXIT_CONFIG_NAME, revision=revision, **settings)
+        if exit_config is None:
+            return ExitConfig.from_pretrained(name, revision=revision, **settings)
+        try:
+            trained_on = ExitConfig.from_pretrained(name, revision=revision, **settings).trained_on
+        except (OSError, ValueError):
+            trained_on = unknown_images(f"weights whose {EXIT_CONFIG_NAME} cannot be read")
+        if isinstance(exit_config, str):
+            found = ExitConfig.from_pretrained(name, exit_config, revision=revision, **settings)
+        else:
+            found = as_exit_config(exit_config)
+        joined = join_trained_on(trained_on, found.trained_on)
+        return found if joined == found.trained_on else found.replace(trained_on=joined)
 
     def save_pretrained(
         self,

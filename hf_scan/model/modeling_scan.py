@@ -25,6 +25,7 @@ from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
 from .stages import Stage, StageState, cut_into_stages, keep_parts
 from .timm_conversion import TimmConversionMixin
+from .training_watch import watch_training
 from .weight_files import fingerprint_of
 
 
@@ -160,6 +161,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         self.stages = self.truncate_in_place(stages) if config.truncated else stages
         self.stage_layers = nn.ModuleList(StageLayer() for _ in self.stages)
         self.exit_config = ExitConfig()
+        self.training_recorded = False  # set by a trainer that records what the network is trained on
+        self.exits_reached: set[int] = set()  # by the gradients of the last training step
         self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
         self.post_init()
 
@@ -425,7 +428,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images, which are
                 moved to the model's device and dtype.
-            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class indices, for the loss.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class indices, for the loss. With several
+                labels an image, `(batch_size, num_labels)` numbers from 0 to 1.
             stage_features (`tuple[torch.Tensor]`, *optional*): In place of images, what
                 [`~ScanForImageClassification.extract_features`] returned for them. Then only the heads are run.
             output_exit_features (`bool`, *optional*, defaults to `False`): Whether to return each exit's feature.
@@ -453,8 +457,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             features = (feature.to(self.device, self.dtype) for feature in stage_features)
         else:
             raise ValueError("Neither `pixel_values` nor `stage_features` are given; expected images, or features.")
-        if labels is not None and check_values and labels.device.type == "cpu":
-            self.check_labels(labels)
+        if labels is not None:
+            labels = self.prepare_labels(labels)
 
         exit_logits: list[torch.Tensor] = []
         exit_features: list[torch.Tensor] = []
@@ -478,6 +482,8 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
                 with torch.no_grad():
                     exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))
 
+        if self.training and torch.is_grad_enabled() and check_values:
+            watch_training(self, exit_logits)
         loss = None
         if labels is not None:
             loss = sum(self.loss_function(labels, logits, self.config) for logits in exit_logits)
@@ -531,18 +537,51 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
                 )
             self.warn_of_raw_pixels(total / pixel_values.numel())
 
-    def check_labels(self, labels: torch.Tensor) -> None:
-        """Raise a `ValueError` unless all labels are class indices. -100 is ignored by the loss, as everywhere."""
+    def prepare_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Return labels of shape `(batch_size,)` or `(batch_size, 1)`, of any type of whole numbers, as the loss takes
+        them; with several labels an image, those of shape `(batch_size, num_labels)` and of any type.
+
+        Args:
+            labels (`torch.Tensor`): Class indices, of which -100 is ignored by the loss, as everywhere; or numbers
+                from 0 to 1.
+
+        Raises:
+            `ValueError`: if they are of another shape or type, or, where looking costs no transfer, out of range.
+        """
+        look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.config.problem_type == "multi_label_classification":
+            return self._prepare_label_sets(labels, look)
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            labels = labels.long()
         if labels.ndim != 1 or labels.dtype != torch.long:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size,) class "
-                "indices of torch.int64."
+                "indices of torch.int64. (For several labels an image, set `problem_type` to "
+                "'multi_label_classification'.)"
             )
-        if labels.numel() and not ((labels == -100) | ((labels >= 0) & (labels < self.num_labels))).all():
+        if look and labels.numel() and not ((labels == -100) | ((labels >= 0) & (labels < self.num_labels))).all():
             raise ValueError(
                 f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
                 f"0 to {self.num_labels - 1}. Set `num_labels` to what the data has, or correct the labels."
             )
+        return labels
+
+    def _prepare_label_sets(self, labels: torch.Tensor, look: bool) -> torch.Tensor:
+        if labels.ndim != 2 or labels.shape[1] != self.num_labels or labels.is_complex():
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size, "
+                f"{self.num_labels}) numbers from 0 to 1, as `problem_type` is 'multi_label_classification'."
+            )
+        labels = labels.float()
+        if look and not ((labels >= 0) & (labels <= 1)).all():
+            raise ValueError(
+                f"`labels` holds values from {labels.min():g} to {labels.max():g}; expected 1 for each label that an "
+                "image has and 0 for the others, or numbers between."
+            )
+        return labels
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights and buffers with their names and types. Equal networks have the same."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..model.problem_type import for_problem
+from ..model.provenance import join_trained_on
 from .loading import download, read_config, read_exit_config
 from .manifest import MANIFEST_NAME, ONNX_FOLDER, Manifest
 from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, plan_steps
@@ -136,8 +138,9 @@ class ORTScanForImageClassification:
         folder = Path(model_id, subfolder) if os.path.isdir(model_id) else download(model_id, subfolder, **kwargs)
         manifest = Manifest.load(folder / ONNX_FOLDER)
         config = read_config(folder, manifest)
-        if exit_config is None:
-            exit_config = read_exit_config(folder)
+        recorded = read_exit_config(folder)
+        exit_config = recorded if exit_config is None else _with_provenance(exit_config, recorded)
+        exit_config = for_problem(exit_config, config.problem_type)
         if exit_config.thresholds is not None:
             exit_config.resolve(manifest.num_exits)
         return cls(folder, manifest, config, exit_config, chosen, session_options)
@@ -162,15 +165,19 @@ class ORTScanForImageClassification:
 
     @property
     def exit_config(self) -> Any:
-        """How the network answers: an [`~hf_scan.ExitConfig`], or [`ExitSettings`] where PyTorch is missing."""
+        """
+        The rule by which the network exits: an [`~hf_scan.ExitConfig`], or [`ExitSettings`] where PyTorch is missing.
+        Whatever is assigned, its `trained_on` keeps the images that the weights are known to have been trained on.
+        """
         return self._exit_config
 
     @exit_config.setter
     def exit_config(self, exit_config: Any) -> None:
+        exit_config = for_problem(exit_config, self.config.problem_type)
         settings = ExitSettings.of(exit_config)
         if settings.thresholds is not None:
             settings.resolve(self.num_exits)
-        self._exit_config = exit_config
+        self._exit_config = _with_provenance(exit_config, self._exit_config)
 
     @property
     def num_exits(self) -> int:
@@ -410,7 +417,8 @@ class ORTScanForImageClassification:
 
     def _settings(self, exit_config: Any, changes: dict[str, Any]) -> ExitSettings:
         settings = ExitSettings.of(self._exit_config if exit_config is None else exit_config)
-        return settings.replace(**changes) if changes else settings
+        settings = settings.replace(**changes) if changes else settings
+        return for_problem(settings, self.config.problem_type)
 
     def _images(self, pixel_values: Any, values: bool = False) -> tuple[np.ndarray, Any]:
         """The images as an array, and what turns answers into what was given."""
@@ -431,6 +439,14 @@ class ORTScanForImageClassification:
         if values and dtype != "uint8" and not np.isfinite(images.sum(dtype=np.float32)):
             raise ValueError("`pixel_values` holds NaN or infinite values; expected finite ones. Check the images.")
         return images, convert
+
+
+def _with_provenance(exit_config: Any, before: Any) -> Any:
+    """Return an exit configuration that names the images that the weights were trained on, as one before it does."""
+    trained_on = join_trained_on(before.trained_on, getattr(exit_config, "trained_on", None))
+    if trained_on in (None, getattr(exit_config, "trained_on", None)):
+        return exit_config
+    return exit_config.replace(trained_on=trained_on)
 
 
 def _torch() -> Any:

@@ -182,7 +182,7 @@ class _Nest:
             helper.make_node("Identity", [f"{index}/logits_{index}"], ["logits"]),
             self._constant("exit_index", np.array([index], dtype=np.int64)),
         ]
-        if self.rule["criterion"] == "confidence":
+        if self.rule["criterion"] in ("confidence", "label_confidence"):
             steps.append(helper.make_node("Identity", [score], ["confidence"]))
         else:
             scaled = self._scaled(steps, prefix + "out/", f"{index}/logits_{index}", index)
@@ -217,10 +217,10 @@ class _Nest:
 
     def _score(self, steps: list[onnx.NodeProto], prefix: str, seen: tuple[str, ...], exits: tuple[int, ...]) -> str:
         criterion, result = self.rule["criterion"], prefix + "score"
-        if criterion in ("confidence", "margin", "entropy"):
+        if criterion in ("confidence", "margin", "entropy", "label_confidence"):
             seen, exits = seen[-1:], exits[-1:]
         scaled = [self._scaled(steps, f"{prefix}{e}/", name, e) for name, e in zip(seen, exits)]
-        if criterion == "confidence":
+        if criterion in ("confidence", "label_confidence"):
             self._confidence(steps, prefix, scaled[-1], result)
         elif criterion == "ensemble_confidence":
             steps.append(helper.make_node("Mean", scaled, [prefix + "mean"]))
@@ -283,8 +283,20 @@ class _Nest:
         return prefix + "scaled"
 
     def _confidence(self, steps: list[onnx.NodeProto], prefix: str, logits: str, result: str) -> None:
-        steps.append(helper.make_node("Softmax", [logits], [prefix + "probabilities"], axis=-1))
         steps.append(self._constant(prefix + "last", np.array([-1], dtype=np.int64)))
+        if self.rule["criterion"] == "label_confidence":
+            steps.append(helper.make_node("Abs", [logits], [prefix + "distances"]))
+            names = [prefix + "distances", prefix + "last"]
+            steps.append(helper.make_node("ReduceMin", names, [prefix + "least"], keepdims=0))
+            steps.append(helper.make_node("Sigmoid", [prefix + "least"], [prefix + "sure"]))
+            # NaN where logits are not finite, which a minimum may pass over.
+            steps.append(helper.make_node("Sub", [logits, logits], [prefix + "nothing"]))
+            steps.append(
+                helper.make_node("ReduceSum", [prefix + "nothing", prefix + "last"], [prefix + "zero"], keepdims=0)
+            )
+            steps.append(helper.make_node("Add", [prefix + "sure", prefix + "zero"], [result]))
+            return
+        steps.append(helper.make_node("Softmax", [logits], [prefix + "probabilities"], axis=-1))
         names = [prefix + "probabilities", prefix + "last"]
         steps.append(helper.make_node("ReduceMax", names, [result], keepdims=0))
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..model.problem_type import LABEL_CONFIDENCE
+
 
 FALLBACKS = ("ensemble", "deepest", "most_confident")
 
@@ -23,6 +25,11 @@ def confidence_of(logits: np.ndarray) -> np.ndarray:
     """Return the largest softmax probability over the last axis, in float32."""
     shifted = logits.astype(np.float32, copy=False) - logits.max(axis=-1, keepdims=True)
     return 1 / np.exp(shifted).sum(axis=-1)
+
+
+def label_confidence_of(logits: np.ndarray) -> np.ndarray:
+    """Return the smallest max(p, 1 - p) over the last axis, with p the sigmoid probabilities, in float32."""
+    return 1 / (1 + np.exp(-np.abs(logits.astype(np.float32, copy=False)).min(axis=-1)))
 
 
 def _margin(seen: Sequence[np.ndarray]) -> np.ndarray:
@@ -55,8 +62,9 @@ CRITERIA: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {
     "entropy": _entropy,
     "patience": _patience,
     "ensemble_confidence": lambda seen: confidence_of(mean_of(seen)),
+    "label_confidence": lambda seen: label_confidence_of(seen[-1]),
 }
-MEMORYLESS = frozenset({"confidence", "margin", "entropy"})
+MEMORYLESS = frozenset({"confidence", "margin", "entropy", LABEL_CONFIDENCE})
 
 
 @dataclass
@@ -190,6 +198,11 @@ class ExitSettings:
         """Return an exit's logits divided by its temperature."""
         return logits if self.temperatures is None else logits / np.float32(self.temperatures[exit_index])
 
+    def confidence(self, logits: np.ndarray, exit_index: int | None = None) -> np.ndarray:
+        """Return how confident an answer is, by one class or by all labels as the criterion is."""
+        scaled = logits if exit_index is None else self.scaled(logits, exit_index)
+        return label_confidence_of(scaled) if self.criterion == LABEL_CONFIDENCE else confidence_of(scaled)
+
     def score(self, seen: Sequence[np.ndarray], exits: Sequence[int]) -> np.ndarray:
         """Return how sure the last of some exits is of each sample, float32 of shape `(batch_size,)`."""
         scaled = [self.scaled(logits, index) for logits, index in zip(seen, exits)]
@@ -254,11 +267,11 @@ def fall_back(
     """Return logits, exit and confidence of samples that no exit was sure about, from the logits of those that ran."""
     if settings.fallback == "ensemble":
         logits = mean_of(seen)
-        return logits, np.full(len(logits), num_exits), confidence_of(logits)
+        return logits, np.full(len(logits), num_exits), settings.confidence(logits)
     if settings.fallback == "deepest":
         logits = seen[-1]
-        return logits, np.full(len(logits), exits[-1]), confidence_of(settings.scaled(logits, exits[-1]))
-    confidences = np.stack([confidence_of(settings.scaled(*pair)) for pair in zip(seen, exits)])
+        return logits, np.full(len(logits), exits[-1]), settings.confidence(logits, exits[-1])
+    confidences = np.stack([settings.confidence(*pair) for pair in zip(seen, exits)])
     best = confidences.argmax(axis=0)
     logits = np.stack(list(seen))[best, np.arange(len(best))]
     return logits, np.array(exits)[best], confidences.max(axis=0)
@@ -283,7 +296,7 @@ def apply_exit_rule(exit_logits: Sequence[np.ndarray], exit_config: Any) -> Adap
             leaves = settings.score([exit_logits[i] for i in exits], exits) > limit
             logits = np.where(leaves[:, None], exit_logits[index], logits)
             exit_index = np.where(leaves, index, exit_index)
-            confidence = np.where(leaves, confidence_of(settings.scaled(exit_logits[index], index)), confidence)
+            confidence = np.where(leaves, settings.confidence(exit_logits[index], index), confidence)
     return AdaptiveAnswer(logits, exit_index, confidence)
 
 

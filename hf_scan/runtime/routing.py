@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, fall_back
+from ..model.problem_type import LABEL_CONFIDENCE
+from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, fall_back
 
 
 @dataclass
@@ -80,8 +81,8 @@ def advance(
         if leaves.any():
             out = leaves.nonzero()[0]
             confidence = score[out]
-            if settings.criterion != "confidence":
-                confidence = confidence_of(settings.scaled(logits[out], index))
+            if settings.criterion not in ("confidence", LABEL_CONFIDENCE):
+                confidence = settings.confidence(logits[out], index)
             gone.append(AdaptiveAnswer(logits[out], np.full(len(out), index), confidence, group.rows[out]))
             on = (~leaves).nonzero()[0]
             if len(on) == 0:

@@ -34,7 +34,7 @@ def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path
         new, old = Path(scratch, "new"), Path(scratch, "old")
         shutil.copytree(folder, new)
         (new / EXIT_CONFIG_NAME).unlink(missing_ok=True)
-        if exit_config.thresholds is not None or exit_config.rule != ExitSettings().rule:
+        if exit_config != type(exit_config)():  # also where it only says what the weights were trained on
             exit_config.save_pretrained(new)
         settings = ExitSettings.of(exit_config)
         if settings.thresholds is not None and not manifest.holds(settings, plan_steps(settings, manifest.num_exits)):

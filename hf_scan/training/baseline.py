@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The plain backbone that a network with exits is compared with: same initial weights, same recipe."""
+"""The plain backbone as a baseline: the same initial weights, without exits."""
 
 from transformers import EvalPrediction, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -21,7 +21,7 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
     config = model.config
     assert config.image_size is not None  # the network filled it in
     size = [config.num_channels, config.image_size, config.image_size]
-    # What timm and its image processor read of a checkpoint; else they would prepare images for timm's own weights.
+    # timm and its image processor read it from the checkpoint; the default is the preprocessing of timm's weights.
     prepared = dict(config.preprocessing or {})
     if len(prepared["mean"]) == config.num_channels:  # else timm would refuse the checkpoint
         prepared |= {"input_size": size, "test_input_size": size}
@@ -30,6 +30,7 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
             architecture=config.backbone,
             id2label=config.id2label,
             label2id=config.label2id,
+            problem_type=config.problem_type,
             model_args={**backbone_arguments(config), "pretrained_cfg_overlay": prepared},
             pretrained_cfg=prepared,
         )
@@ -39,5 +40,5 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
 
 
 def plain_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` for it: the share of right answers, as `accuracy`."""
+    """Return the `accuracy` of an evaluation, as a `compute_metrics` function."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -1,20 +1,25 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that a run can be resumed from: whole, unchanged, and of the same run."""
+"""Checkpoints whose files, train split and seed are checked when a run is resumed."""
 
 import hashlib
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..data.digests import some_digests
 from ..model.exit_config import ExitConfig
 from ..model.provenance import join_trained_on, unknown_images
-from .output_dirs import last_whole_checkpoint
+from .ema import TRAINED_WEIGHTS_NAME, EmaCallback
+from .output_dirs import check_space, last_whole_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -26,30 +31,32 @@ RESUMED_FROM = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.distcp"),
     TRAINER_STATE_NAME,
 )
-# Without these, `Trainer` goes on with another optimizer or other random numbers, and says nothing.
+# Without these, `Trainer` continues with a new optimizer or other random numbers, without a warning.
 NEEDED = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
 class CheckedTrainer(Trainer):
     """
-    A `Trainer` whose checkpoints hold `checkpoint.json`: the SHA-256 of each file that a run is resumed from, the
-    train split and the seed. A resume checks them. `trained_on` is what the weights have been trained on, those of
-    earlier runs included: set it before `train` for a model that does not hold it itself.
+    A [`~transformers.Trainer`] whose checkpoints hold `checkpoint.json`: the SHA-256 of each file that a run is
+    resumed from, the train split and the seed, all checked at a resume. `trained_on` names the images that the weights
+    have been trained on, including earlier runs: set it before `train` for a model that does not hold it.
     """
 
     trained_on: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As [`~transformers.Trainer.train`].
+        Train, as [`~transformers.Trainer.train`] does.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's folder, or `True` for the last whole one in `args.output_dir`.
 
         Raises:
-            `OSError`: if a file of the checkpoint is missing or has changed since it was written.
-            `ValueError`: if there is no checkpoint, or it is of a run with other train images or another seed.
+            `OSError`: if a file of the checkpoint is missing or has changed since it was written; if the disk has no
+                space for the run's checkpoints, or they cannot be written.
+            `ValueError`: if there is no checkpoint, or it is of a run with other train images or another seed, or with
+                averages of weights that this one does not have.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
@@ -65,28 +72,101 @@ class CheckedTrainer(Trainer):
             if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 _check_parts(folder)
             _check_record(folder, self._record_of_run(split))
+            self._check_averages(folder)
             self.trained_on = read_trained_on(folder)
+        if self.args.should_save and self.model is not None:  # a search makes each trial's model later
+            self._check_space()
         self.trained_on = join_trained_on(self.trained_on, split)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _averages(self) -> list[EmaCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EmaCallback)]
+
+    def _check_averages(self, folder: Path) -> None:
+        if not self._averages() and (folder / TRAINED_WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"The checkpoint {folder} holds averages of weights, of a run with `EmaCallback`, and training would "
+                "go on from these. Pass `callbacks=[EmaCallback(...)]` to resume; or load the averages with "
+                "`from_pretrained` and start a new run."
+            )
+        for callback in self._averages():
+            callback.resumed_from = folder
+
     def _train_split(self) -> str | None:
-        """Return the digests of some train images, or a word where these cannot be known."""
-        rows = self.train_dataset
+        """Return the digests of some train images, or a description where these cannot be known."""
+        rows = self._train_rows()
         if rows is None:
             return None
         size = f"{len(rows)} images" if hasattr(rows, "__len__") else "images"
         return some_digests(rows) or unknown_images(f"{size} of a {type(rows).__name__}")
 
+    def _train_rows(self) -> Any:
+        """Return the train images, as their digests are taken."""
+        return self.train_dataset
+
     def _record_of_run(self, split: str | None) -> dict[str, Any]:
         return {"train_split": split, "seed": self.args.seed, "data_seed": self.args.data_seed}
 
+    def _check_space(self) -> None:
+        """Refuse a run whose checkpoints do not fit on the disk, by what they take at least."""
+        count = _num_checkpoints(self.args, self.train_dataset)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        states = 2 if "adam" in str(self.args.optim) and not self.args.save_only_model else 0
+        check_space(
+            self.args.output_dir,
+            count * ((1 + len(self._averages())) * weights + 4 * states * trained),
+            f"The {count} checkpoints that are kept of this run",
+            "Make space there, set `save_total_limit`, save more seldom, or choose another `output_dir`.",
+        )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        PartialState().wait_for_everyone()  # each process writes its random state
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save and folder.is_dir():
-            record = {**self._record_of_run(self._train_split()), "trained_on": self.trained_on}
-            write_record(folder, record)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # It may have failed at something else: at a push, or at what another process did.
+            writer = ("PytorchStreamWriter", "inline_container")  # how PyTorch's errors name it
+            elsewhere = isinstance(error, RuntimeError) and not any(name in str(error) for name in writer)
+            if elsewhere or last_whole_checkpoint(folder.parent) == str(folder):
+                raise
+            raise self._removed(folder, error) from error
+        PartialState().wait_for_everyone()  # each process writes its random state
+        if not self.args.should_save or not folder.is_dir():
+            return
+        try:
+            for callback in self._averages():
+                callback.save(folder, self.state.global_step)
+            write_record(folder, {**self._record_of_run(self._train_split()), "trained_on": self.trained_on})
+        except (OSError, SafetensorError) as error:
+            raise self._removed(folder, error) from error
+
+    def _removed(self, folder: Path, error: Exception) -> OSError:
+        """Remove a checkpoint that could not be written, and return the error that says so."""
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        last = last_whole_checkpoint(folder.parent)
+        return OSError(
+            f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
+            f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
+        )
+
+
+def _num_checkpoints(args: TrainingArguments, dataset: Any) -> int:
+    """Return how many checkpoints a run has on the disk at once, or fewer where it cannot be known."""
+    if args.save_strategy == SaveStrategy.NO or (args.max_steps <= 0 and not hasattr(dataset, "__len__")):
+        return 0
+    steps = args.max_steps
+    if steps <= 0:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = math.ceil(args.num_train_epochs * max(1, len(dataset) // batch))
+    count = 1
+    if args.save_strategy == SaveStrategy.STEPS:
+        count = math.ceil(steps / args.save_steps) if args.save_steps >= 1 else math.ceil(1 / args.save_steps)
+    elif args.save_strategy == SaveStrategy.EPOCH and args.max_steps <= 0:
+        count = math.ceil(args.num_train_epochs)
+    limit = args.save_total_limit
+    return count if not limit or limit < 0 else min(count, limit + 1)  # the oldest is removed last
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

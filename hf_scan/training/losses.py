@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Self-distillation: every early exit learns from the labels, from a teacher's answer and from the deepest feature."""
+"""The self-distillation loss of early exits: labels, a teacher's logits and the deepest exit's feature."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class SelfDistillationLoss:
     """
-    The training loss of SCAN. For each early exit i, with the deepest exit C as a teacher that gets no gradient,
+    A callable that computes the training loss of SCAN. For each early exit i, with the deepest exit C as a teacher
+    that gets no gradient,
 
         label_weight * CE(q_i, y) + soft_label_weight * T^2 * KL(q_C || q_i) + hint_weight * ||F_i - F_C||^2
 
@@ -27,12 +28,16 @@ class SelfDistillationLoss:
             Weight of the labels at the early exits: one for all of them, or one each. A last one more is the deepest
             exit's, which is 1 otherwise.
         soft_label_weight (`float` or `Sequence[float]`, *optional*, defaults to 0.5):
-            Weight of the teacher's answer, likewise; 0 at the deepest exit unless given.
+            Weight of the teacher's softened probabilities, likewise; 0 at the deepest exit unless given.
         hint_weight (`float` or `Sequence[float]`, *optional*, defaults to 6.4e-5):
             Weight of the deepest exit's feature; likewise.
         temperature (`float`, *optional*, defaults to 3.0): T.
         scale_by_temperature (`bool`, *optional*, defaults to `True`): Whether the second term has the factor T^2.
         label_smoothing (`float`, *optional*, defaults to 0.0): Smoothing of the labels, at every exit.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether an image has several labels. CE is then the binary cross-entropy and KL that of each label's two
+            probabilities, both as means over the labels, as in Yang et al., "Multi-Label Knowledge Distillation", ICCV
+            2023 (equation 3).
 
     Raises:
         `ValueError`: if a weight is negative or not finite, or the temperature or the smoothing are out of range.
@@ -56,6 +61,7 @@ class SelfDistillationLoss:
     temperature: float = 3.0
     scale_by_temperature: bool = True
     label_smoothing: float = 0.0
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         for name in ("label_weight", "soft_label_weight", "hint_weight"):
@@ -77,14 +83,14 @@ class SelfDistillationLoss:
         distillation_scale: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """
-        The weighted terms of the loss by name; their sum is the loss. A term whose weight is 0 is left out.
+        Return the weighted terms of the loss by name; their sum is the loss. A term whose weight is 0 is left out.
 
         Args:
             exit_logits (`Sequence[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit.
             exit_features (`Sequence[torch.Tensor]`, *optional*):
                 One of shape `(batch_size, feature_size)` per exit. Not needed where all hint weights are 0.
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`):
-                Class indices, or a probability for each class.
+                Class indices, or a probability for each class or label.
             teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
                 Defaults to those of the deepest exit. They get no gradient.
             distillation_scale (`float`, *optional*, defaults to 1.0):
@@ -98,32 +104,44 @@ class SelfDistillationLoss:
         soft_label_weights = weights_per_exit("soft_label_weight", self.soft_label_weight, num_exits)
         hint_weights = weights_per_exit("hint_weight", self.hint_weight, num_exits)
         teacher = exit_logits[-1] if teacher_logits is None else teacher_logits
-        teacher = (teacher.detach() / self.temperature).log_softmax(dim=-1)
+        teacher = teacher.detach() / self.temperature
         scale = distillation_scale * (self.temperature**2 if self.scale_by_temperature else 1.0)
 
         terms: dict[str, torch.Tensor] = {}
         for index, logits in enumerate(exit_logits):
             if label_weights[index]:
-                cross_entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-                terms[f"exit_{index}_label_loss"] = label_weights[index] * cross_entropy
+                terms[f"exit_{index}_label_loss"] = label_weights[index] * self._cross_entropy(logits, labels)
             if soft_label_weights[index]:
-                student = (logits / self.temperature).log_softmax(dim=-1)
-                divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+                divergence = self._divergence(logits / self.temperature, teacher)
                 terms[f"exit_{index}_soft_label_loss"] = soft_label_weights[index] * scale * divergence
             if hint_weights[index] and exit_features is not None:
                 distance = (exit_features[index] - exit_features[-1].detach()).square().sum(dim=-1).mean()
                 terms[f"exit_{index}_hint_loss"] = hint_weights[index] * distillation_scale * distance
         return terms
 
+    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not self.multi_label:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, smoothed.to(logits.dtype))
+
+    def _divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if not self.multi_label:
+            softened = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+            return F.kl_div(*softened, reduction="batchmean", log_target=True)
+        target = teacher.sigmoid()
+        cross_entropy = F.binary_cross_entropy_with_logits(student, target)
+        return cross_entropy - F.binary_cross_entropy_with_logits(teacher, target)
+
 
 def weights_per_exit(name: str, weights: float | Sequence[float], num_exits: int, deepest: float = 0.0) -> list[float]:
     """
-    One weight for each exit.
+    Return one weight for each exit.
 
     Args:
-        name (`str`): What to call them in an error.
+        name (`str`): Their name in an error.
         weights (`float` or `Sequence[float]`): One for all early exits, or one each, or one more for the deepest.
-        num_exits (`int`): How many exits there are.
+        num_exits (`int`): Number of exits.
         deepest (`float`, *optional*, defaults to 0.0): The deepest exit's weight, unless `weights` has one.
     """
     given = list(weights) if isinstance(weights, Sequence) else [weights]

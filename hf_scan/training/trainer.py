@@ -3,7 +3,9 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,12 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from timm.data import Mixup
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
     PreTrainedModel,
-    default_data_collator,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -28,15 +28,18 @@ from ..costs.measure import count_macs, describe_machine
 from ..data.datasets import EpochCallback, SeededImages
 from ..metrics.scan_accuracy.scan_accuracy import ScanAccuracy
 from ..model.exit_config import EXIT_CONFIG_NAME
-from ..model.exit_rule import exit_columns
+from ..model.exit_rule import exit_columns, label_set_ids
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
+from ..model.problem_type import MULTI_LABEL
 from ..model.provenance import join_trained_on
 from ..reporting.model_card import create_model_card
 from ..reporting.report import exit_report
 from .checkpoints import CheckedTrainer
+from .collation import check_distributions, collate_rows, rows_with_indices
+from .hyperparameters import check_trial, default_objective
 from .losses import SelfDistillationLoss, weights_per_exit
-from .output_dirs import last_whole_checkpoint
+from .output_dirs import named_full_disk
 from .training_args import ScanTrainingArguments
 
 
@@ -45,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 class ScanTrainer(CheckedTrainer):
     """
-    Trains a [`ScanForImageClassification`] by self-distillation, under any launcher that `Trainer` knows.
+    A [`~transformers.Trainer`] that trains a [`ScanForImageClassification`] by self-distillation, with any launcher.
 
     It logs every term of the loss for every exit, and evaluates with [`~hf_scan.metrics.ScanAccuracy`] unless given
     another `compute_metrics`; its `predict` then returns the classes and confidences of
@@ -61,10 +64,10 @@ class ScanTrainer(CheckedTrainer):
 
     Raises:
         `TypeError`: if `args` are no [`ScanTrainingArguments`].
-        `ValueError`: if an argument would be ignored, weights do not fit the network's exits, or the teacher knows
-            another number of classes.
-        `FloatingPointError`: in training, if a term of the loss is not finite. It names the term, and the weights are
-            still those of the step before; running means of batch norm have seen the batch.
+        `ValueError`: if an argument would be ignored, there are more or fewer weights than exits, or the teacher has
+            another number of classes; before training, if rows hold no images or labels that fit.
+        `FloatingPointError`: in training, if a term of the loss is not finite. The error names the term. The weights
+            are those of the step before, but batch norm's running means include the batch.
 
     Example:
 
@@ -108,23 +111,70 @@ class ScanTrainer(CheckedTrainer):
         if self._scores_exits:
             kwargs["compute_metrics"] = self._compute_exit_metrics
             kwargs["preprocess_logits_for_metrics"] = self._reduce_exit_logits
-        if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = collate_rows
         if isinstance(kwargs.get("train_dataset"), SeededImages):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), EpochCallback(kwargs["train_dataset"])]
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        self._label2id = self.model.config.label2id or {}
+        if kwargs.get("data_collator") is None:
+            self.data_collator = partial(collate_rows, label2id=self._label2id)
         # The loss is a mean over its batch: Trainer has to divide it when gradients are accumulated.
         self.model_accepts_loss_kwargs = False
         self._set_up(self.model)
         # At which step, and by which rule, the last evaluation scored weights that are still there.
         self._scored: tuple[int, dict[str, Any]] | None = None
+        self._saw_distributions = False
         self.card: ModelCard | None = None  # what is pushed in place of one from the last evaluation
         self.teacher = self._prepare_teacher(teacher)
-        self._mixup: Mixup | None = None
-        if args.mixup_alpha or args.cutmix_alpha:
-            self._mixup = Mixup(
-                args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=self.model.num_labels
-            )
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As [`~transformers.Trainer.hyperparameter_search`], with another default for the objective: Transformers' is
+        the sum of all metrics, which here are accuracies, and which it minimises.
+
+        Args:
+            hp_space (`Callable`, *optional*):
+                Returns the arguments of a trial; weights of exits as numbers or as lists of them.
+            compute_objective (`Callable`, *optional*):
+                Takes the metrics of an evaluation. Defaults to the evaluation loss with `direction="minimize"`, and to
+                the mean accuracy of the exits with `direction="maximize"`.
+            n_trials (`int`, *optional*, defaults to 20): Number of trials.
+            direction (`str` or `list[str]`, *optional*, defaults to `"minimize"`): `"minimize"`, `"maximize"`, or one
+                of them for each value that `compute_objective` returns.
+            args, kwargs: As there.
+
+        Returns:
+            [`~transformers.trainer_utils.BestRun`]
+
+        Raises:
+            `ValueError`: if the objective of a direction is not known, or a trial changes an argument that is read
+                before training, or one that changes the loss, whose values could then not be compared.
+        """
+        if compute_objective is None:
+            compute_objective = default_objective(direction, self._scores_exits)
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        given = getattr(self, "hp_space", None)
+        if self.hp_search_backend is None or trial is None or given is None:
+            super()._hp_search_setup(trial)
+            return
+
+        def checked(trial: Any) -> dict[str, Any]:
+            return check_trial(given(trial), self.compute_objective)
+
+        self.hp_space = checked
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            self.hp_space = given
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super().call_model_init(*args, **kwargs)
@@ -132,9 +182,19 @@ class ScanTrainer(CheckedTrainer):
         return model
 
     def _set_up(self, model: Any) -> None:
-        """Makes the loss, and has those parameters of the model want a gradient that get one."""
+        """Create the loss, and require gradients of the parameters that get one."""
         args = self.args
-        self.distillation = _create_loss(args)
+        multi_label = model.config.problem_type == MULTI_LABEL
+        if multi_label and (args.mixup_alpha or args.cutmix_alpha or args.label_smoothing_factor):
+            raise ValueError(
+                "`mixup_alpha`, `cutmix_alpha` and `label_smoothing_factor` are for one label an image, and the "
+                f"network's `problem_type` is {MULTI_LABEL!r}. Leave them out."
+            )
+        self.distillation = replace(_create_loss(args), multi_label=multi_label)
+        self._multi_label = multi_label
+        self._mixup: Mixup | None = None
+        if args.mixup_alpha or args.cutmix_alpha:
+            self._mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=model.num_labels)
         self._forget_terms()
         if args.freeze_backbone:
             model.freeze_backbone()
@@ -152,33 +212,61 @@ class ScanTrainer(CheckedTrainer):
         hint_weights = weights_per_exit("hint_weight", loss.hint_weight, num_exits)
         self._needs_hint = any(hint_weights)
         for head, weight in zip(model.exit_heads, hint_weights):
-            # Without a hint nothing reads them, and DDP waits for the gradient of whatever wants one.
+            # Without a hint they are not used, and DDP would wait for their gradients.
             head.hint_projection.requires_grad_(weight > 0)
 
     def _forget_terms(self) -> None:
-        # Sums since the last log, on the device: reading them at each step would wait for it.
+        # Sums since the last log, on the device: reading them at each step would wait for the device.
         self._term_sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._term_steps = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_terms()
+        self._check_row(self.train_dataset)
         if isinstance(self.model, ScanForImageClassification):
             self.trained_on = self.model.exit_config.trained_on
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Not in `train`, since a resume that is refused changes nothing, and `model_init` makes another model there.
+        # Not in `train`: a resume that is refused must change nothing, and `model_init` replaces the model there.
         if isinstance(self.model, ScanForImageClassification):
             self.trained_on = join_trained_on(self.model.exit_config.trained_on, self.trained_on)
-            # Thresholds that were found for other weights do not survive training.
+            # Training changes the weights that the thresholds were found for.
             self.model.exit_config = self.model.exit_config.replace(
                 thresholds=None, temperatures=None, trained_on=self.trained_on
             )
-        return super()._inner_training_loop(*args, **kwargs)
+        self.model.training_recorded = True
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.model.training_recorded = False
+
+    def _train_rows(self) -> Any:
+        rows = self.train_dataset
+        return rows_with_indices(rows, self._label2id) if isinstance(rows, list) else rows
+
+    def _check_row(self, dataset: Any) -> None:
+        """Raise an error that names types, unless the network can be trained on the first row of a dataset."""
+        while isinstance(dataset, SeededImages):  # which draws
+            dataset = dataset.rows
+        own = isinstance(self.data_collator, partial) and self.data_collator.func is collate_rows
+        has_rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
+        if not own or not has_rows or self.args.remove_unused_columns or self.model is None:
+            return
+        with torch.random.fork_rng(devices=[]):  # a transform may draw, and a check changes no run
+            row = dataset[0]
+        batch = self.data_collator([row])
+        if not isinstance(batch.get("labels"), torch.Tensor):
+            found = row.get("labels", row.get("label"))
+            raise TypeError(
+                f"The dataset's first row has a label of type {type(found).__name__}; expected a class index under "
+                "`labels` or `label`."
+            )
+        self._prepare_labels(batch["labels"])
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Each process has its own batch norm statistics after a step, and the first one's are saved. What is scored
-        # must be what is saved.
+        # After a step, batch norm statistics differ between processes. Those of the first are saved, so they are the
+        # ones to evaluate.
         if self.args.world_size > 1:
             for buffer in self.model.buffers():
                 broadcast(buffer)
@@ -192,12 +280,10 @@ class ScanTrainer(CheckedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         images = {name: inputs[name] for name in ("pixel_values", "stage_features") if name in inputs}
-        labels = inputs["labels"]
-        if labels.device.type == "cpu" and labels.ndim == 1:
-            self.model.check_labels(labels)
+        labels = self._prepare_labels(inputs["labels"])
         if "stage_features" in images:
             self._check_stage_features(training=model.training)
-        # timm mixes in pairs, and classes: an odd last batch stays as it is, and one with a label that is ignored.
+        # timm mixes pairs of images and of classes: a batch of odd length, or with an ignored label, is not mixed.
         if self._mixup is not None and model.training and len(labels) % 2 == 0 and labels.min() >= 0:
             images["pixel_values"], labels = self._mixup(images["pixel_values"], labels)
         try:
@@ -225,12 +311,28 @@ class ScanTrainer(CheckedTrainer):
         loss = torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return class indices of shape `(batch_size,)`, or a distribution over the classes for each image."""
+        distributions = labels.ndim == 2 and labels.is_floating_point() and labels.shape[1] == self.model.num_labels
+        if self._multi_label or not distributions:
+            prepared: torch.Tensor = self.model.prepare_labels(labels)
+            return prepared
+        if self._mixup is not None and self.model.training:
+            raise ValueError(
+                "`mixup_alpha` and `cutmix_alpha` mix class indices, and `labels` are distributions. Leave them out."
+            )
+        # To look at values waits for an accelerator, where the first ones stand for all.
+        if labels.device.type == "cpu" or not self._saw_distributions:
+            self._saw_distributions = True
+            check_distributions(labels)
+        return labels
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        # After the backward pass is under way, and before the optimizer moves a weight.
+        # After the backward pass has been queued, and before the optimizer changes a weight.
         sums = torch.stack(list(self._term_sums.values()))
         broken = ~sums.isfinite()
-        if self.args.world_size > 1:  # all stop, or the others would go on with its gradients
+        if self.args.world_size > 1:  # all processes stop, as they share gradients
             broken = self.accelerator.reduce(broken.float(), reduction="sum") > 0
         if broken.any():
             name = list(self._term_sums)[int(broken.nonzero()[0])]
@@ -245,8 +347,8 @@ class ScanTrainer(CheckedTrainer):
     def _check_stage_features(self, training: bool) -> None:
         if self._mixup is not None or self.teacher is not None or (training and not self.model.backbone_frozen):
             raise ValueError(
-                "Features of a frozen backbone cannot be mixed, nor shown to another teacher: they are no images. Set "
-                "`freeze_backbone`, and leave the teacher, `mixup_alpha` and `cutmix_alpha` at their defaults; or "
+                "Features of a frozen backbone cannot be mixed, nor given to another teacher, as they are not images. "
+                "Set `freeze_backbone`, and leave the teacher, `mixup_alpha` and `cutmix_alpha` at their defaults; or "
                 "train on the images."
             )
 
@@ -264,7 +366,7 @@ class ScanTrainer(CheckedTrainer):
             return None
         if teacher.config.num_labels != self.model.num_labels:
             raise ValueError(
-                f"The teacher knows {teacher.config.num_labels} classes and the network {self.model.num_labels}; "
+                f"The teacher has {teacher.config.num_labels} classes and the network {self.model.num_labels}; "
                 "expected the same. Choose a teacher that was trained on these classes."
             )
         return teacher.requires_grad_(False).eval().to(self.args.device)
@@ -287,15 +389,21 @@ class ScanTrainer(CheckedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
         if ignore_keys is None and self._scores_exits:
-            ignore_keys = ["logits", "ensemble_logits", "exit_features", "attentions"]
+            outputs = self.model.config.keys_to_ignore_at_inference
+            ignore_keys = ["logits", *(name for name in outputs if name != "exit_logits")]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _reduce_exit_logits(self, exit_logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes and confidences are all that is gathered from the processes and kept."""
+        """Return classes and confidences, so that no logits are gathered from the processes and kept."""
         return exit_columns(exit_logits, self.model.exit_config)
 
     def _compute_exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        counts = np.asarray(prediction.label_ids) != -100  # as for the loss
+        labels = np.asarray(prediction.label_ids)
+        if self._multi_label:
+            labels = label_set_ids(torch.from_numpy(labels > 0.5)).numpy()
+        elif labels.ndim == 2:  # of shape (n, 1), or distributions
+            labels = labels[:, 0] if labels.shape[1] == 1 else labels.argmax(axis=1)
+        counts = labels != -100  # as for the loss
         predictions, confidences = (np.asarray(column)[counts] for column in prediction.predictions)
         exit_config = self.model.exit_config
         replaced = self.is_in_train and self.args.load_best_model_at_end  # by other weights, when training ends
@@ -307,47 +415,32 @@ class ScanTrainer(CheckedTrainer):
         return ScanAccuracy().compute(
             predictions=predictions,
             confidences=confidences,
-            references=np.asarray(prediction.label_ids)[counts],
+            references=labels[counts],
             **adaptive,
         )
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            folder = Path(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
-            last = last_whole_checkpoint(folder.parent)
-            # It may have failed at something else: at a push, or at what another process did.
-            if last == str(folder) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error)):
-                raise
-            if self.is_world_process_zero():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
-                f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
-            ) from error
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         super().init_hf_repo(*args, **kwargs)
         ignored = Path(self.args.output_dir, ".gitignore")
         if self.is_world_process_zero() and not ignored.exists():
-            # What the Trainer pushes on the way holds its arguments as a pickle, which nobody reads. The Hub leaves
-            # out what git would.
+            # Checkpoints that Trainer pushes hold its arguments as a pickle, which nothing reads. The Hub ignores the
+            # files that git would.
             ignored.parent.mkdir(parents=True, exist_ok=True)
             ignored.write_text(f"{TRAINING_ARGS_NAME}\n", encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call=_internal_call)
+        with named_full_disk(output_dir or self.args.output_dir, "what it holds may be incomplete"):
+            super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
-            # A pickle, which nobody reads and which would be pushed.
+            # A pickle that nothing reads and that would be pushed.
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(
         self, model_name: str | None = None, dataset: str | list[str] | None = None, **kwargs: Any
     ) -> None:
         """
-        Writes `README.md` into the output folder: the card of a network with early exits, with what the last
-        evaluation measured, if there was one. Called by `push_to_hub`.
+        Write the model card, `README.md`, into the output folder, with the results of the last evaluation, if there
+        was one. Called by `push_to_hub`.
 
         Args:
             model_name (`str`, *optional*): The card's title. Defaults to the repository or the output folder.
@@ -376,12 +469,12 @@ class ScanTrainer(CheckedTrainer):
         now = (self.state.global_step, self.model.exit_config.rule)
         if scores is not None and self._scored == now and scores["step"] == now[0]:
             report = exit_report(self.model, {name.removeprefix("eval_"): value for name, value in scores.items()})
-        # Trainer gives the name without its owner, by which nobody can load it.
+        # Trainer gives the name without its owner, which cannot be loaded.
         name = self.hub_model_id or self.args.hub_model_id or model_name or path.parent.name
         create_model_card(self.model, report, facts, model_name=name, **kwargs).save(path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies the files it knows.
+        # Trainer copies its own files only.
         exit_config = Path(checkpoint_folder, EXIT_CONFIG_NAME)
         if self.is_world_process_zero() and exit_config.is_file():
             shutil.copy(exit_config, self.args.output_dir)
@@ -399,11 +492,3 @@ def _create_loss(args: ScanTrainingArguments) -> SelfDistillationLoss:
         scale_by_temperature=bool(args.scale_by_temperature),
         label_smoothing=args.label_smoothing_factor,
     )
-
-
-def collate_rows(rows: list[Any]) -> dict[str, Any]:
-    """Transformers' default collator, which also takes rows of [`StageFeatures`]."""
-    if not isinstance(rows[0], Mapping) or "stage_features" not in rows[0]:
-        return default_data_collator(rows)
-    features = tuple(torch.stack(stage) for stage in zip(*(row["stage_features"] for row in rows)))
-    return {"stage_features": features, "labels": torch.tensor([row["labels"] for row in rows])}

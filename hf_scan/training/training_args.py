@@ -31,10 +31,10 @@ DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
 @dataclass
 class ScanTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] with those of [`~hf_scan.training.losses.SelfDistillationLoss`].
+    A [`~transformers.TrainingArguments`] with the settings of [`~hf_scan.training.losses.SelfDistillationLoss`].
 
-    Two inherited defaults differ: `remove_unused_columns` is `False`, since images are transformed when they are
-    read, and `ddp_find_unused_parameters` is `False`, since every parameter is used in every step.
+    Two inherited defaults differ: `remove_unused_columns` is `False`, because images are transformed when they are
+    read, and `ddp_find_unused_parameters` is `False`, because every parameter is used in every step.
 
     Args:
         distillation_preset (`str`, *optional*, defaults to `"paper"`):
@@ -44,29 +44,28 @@ class ScanTrainingArguments(TrainingArguments):
             Weight of the labels at the early exits: one for all of them, or one each. A last one more is the deepest
             exit's, which is 1 otherwise.
         soft_label_weight (`float` or `list[float]`, *optional*):
-            Weight of the teacher's softened answer, likewise; 0 at the deepest exit unless given. 0 for all of them
-            trains without distillation.
+            Weight of the teacher's softened probabilities, likewise; 0 at the deepest exit unless given. 0 for all of
+            them trains without distillation.
         hint_weight (`float` or `list[float]`, *optional*):
             Weight of the distance to the deepest exit's feature, likewise.
-        distillation_temperature (`float`, *optional*): Temperature that softens the answers.
+        distillation_temperature (`float`, *optional*): Temperature that softens the probabilities.
         scale_by_temperature (`bool`, *optional*):
             Whether the soft-label term is multiplied by the temperature squared.
         distillation_teacher (`str`, *optional*, defaults to `"deepest"`):
-            Whose answers are learned from: those of the `"deepest"` exit, of the `"ensemble"` of all exits, or of
-            another trained classifier, named as for `AutoModelForImageClassification.from_pretrained`, which sees the
-            images as the network does.
+            The teacher: the `"deepest"` exit, the `"ensemble"` of all exits, or the name of another trained classifier
+            for `AutoModelForImageClassification.from_pretrained`, which gets the same `pixel_values`.
         distillation_warmup_steps (`float`, *optional*, defaults to 0.0):
-            Steps over which the soft-label and hint weights grow from 0, while the teacher is a poor one: a number of
-            steps, or a share of all of them if below 1.
+            Steps over which the soft-label and hint weights grow from 0, as the teacher is inaccurate at first: a
+            number of steps, or a share of all of them if below 1.
         mixup_alpha, cutmix_alpha (`float`, *optional*, defaults to 0.0):
-            Mixes the images of a training batch in pairs and their labels with them, as timm does: parameters of the
-            Beta distribution that the shares are drawn from. 0 is off.
+            Parameters of the Beta distribution for mixing the images and labels of a training batch in pairs, as timm
+            does. 0 disables it.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether only the early exits are trained, and the deepest answer stays as it is.
+            Whether to train the early exits only, which leaves the deepest exit's logits as they are.
 
     Raises:
-        `ValueError`: if the preset is unknown, a weight is negative, or the temperature or the warm-up are out of
-            range.
+        `ValueError`: if the preset is unknown, a weight is negative, the temperature or the warm-up are out of range,
+            or a setting would be ignored.
     """
 
     distillation_preset: str = field(
@@ -76,13 +75,13 @@ class ScanTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Weight of the labels at the early exits: one, or one each."}
     )
     soft_label_weight: list[float] | None = field(
-        default=None, metadata={"help": "Weight of the teacher's softened answer at the early exits; 0 for none."}
+        default=None, metadata={"help": "Weight of the teacher's softened probabilities at the early exits."}
     )
     hint_weight: list[float] | None = field(
         default=None, metadata={"help": "Weight of the squared distance to the deepest exit's feature; 0 for none."}
     )
     distillation_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature that softens the answers before they are compared."}
+        default=None, metadata={"help": "Temperature that softens probabilities before they are compared."}
     )
     scale_by_temperature: bool | None = field(
         default=None, metadata={"help": "Multiply the soft-label term by the temperature squared."}
@@ -98,22 +97,25 @@ class ScanTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Paste a part of one image into another; Beta parameter of the share."}
     )
     freeze_backbone: bool = field(
-        default=False, metadata={"help": "Train the early exits only; the deepest answer stays as it is."}
+        default=False, metadata={"help": "Train the early exits only; the deepest exit's logits stay as they are."}
     )
     remove_unused_columns: bool | None = field(
         default=False,
         metadata={"help": "Drop the columns that the model does not take, before images are transformed."},
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DDP look for unused parameters in each step. There are none."}
+        default=False, metadata={"help": "Let DDP search for unused parameters in each step. There are none."}
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds, such as the `training_args.bin` that Trainer writes and pushes: no token."""
+        """Return the state without the token, as Trainer writes and pushes it as the pickle `training_args.bin`."""
         return {**self.__dict__, "hub_token": None}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("neftune_noise_alpha", "use_liger_kernel"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is for language models and would change nothing here. Leave it out.")
         if self.distillation_preset not in DISTILLATION_PRESETS:
             raise ValueError(
                 f"`distillation_preset` is {self.distillation_preset!r}; expected one of "

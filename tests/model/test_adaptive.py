@@ -100,6 +100,11 @@ def rule_by_hand(
     return np.array(logits), np.array(exits), nearest
 
 
+def problem_of(criterion: str) -> str:
+    """The `problem_type` of networks that take a criterion."""
+    return f"{'multi' if criterion == 'label_confidence' else 'single'}_label_classification"
+
+
 def test_the_network_of_these_tests_uses_every_exit(model, images):
     assert model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6]).exit_index.unique().tolist() == [0, 1, 2, 3]
 
@@ -446,7 +451,7 @@ def test_limits_out_of_range(model, images, limit):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_network_whose_answers_are_not_finite(images, fallback, criterion, batch_size):
     """Such logits leave at no exit, whatever the thresholds."""
-    model = random_scan_model()
+    model = random_scan_model(problem_type=problem_of(criterion))
     with torch.no_grad():
         for head in (*(head.classifier.fc for head in model.exit_heads), model.backbone.get_classifier()):
             head.bias[0] = math.nan
@@ -575,7 +580,7 @@ def test_bad_images_are_skipped_and_the_others_answered(model, images):
 @pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
 def test_logits_that_are_not_finite_leave_at_no_exit(images, criterion, value, fallback):
     """Whatever the criterion makes of them, and alone as in a batch; the others in the batch are answered."""
-    model = random_scan_model()
+    model = random_scan_model(problem_type=problem_of(criterion))
     run_exit, answers_of_the_third = model.run_exit, model(images[2:3]).exit_logits
 
     def spoiled(index, state):

@@ -265,7 +265,7 @@ def test_from_a_state_dict(model, images):
     assert not info["missing_keys"]
     assert loaded.exit_config == ExitConfig()
     state = {name: value for name, value in model.state_dict().items() if name != "backbone.fc.bias"}
-    with pytest.raises(ValueError, match="The weights of the state dict lack 1 of the backbone's"):
+    with pytest.raises(ValueError, match="The weights of `state_dict` lack 1 of the backbone's"):
         ScanForImageClassification.from_pretrained(None, config=model.config, state_dict=state)
 
 

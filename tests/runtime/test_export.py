@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from hf_scan import ExitConfig, measure_costs
-from hf_scan.runtime import ORTScanForImageClassification, compare, quantize
+from hf_scan.runtime import ExitSettings, ORTScanForImageClassification, compare, quantize
 from hf_scan.runtime.manifest import Manifest
 
 from ..conftest import random_scan_model
@@ -209,3 +209,15 @@ def test_answers_in_an_environment_of_numpy_and_onnxruntime_alone(exported, tmp_
     exits, bare = done.stdout.splitlines()
     assert bare == "bare"
     assert json.loads(exits) == engine.predict_adaptive(images.numpy(), thresholds=THRESHOLDS).exit_index.tolist()
+
+
+def test_an_engine_keeps_what_its_weights_were_trained_on(engine, tmp_path):
+    """Through another rule, a save without thresholds, and a load with another rule."""
+    engine.exit_config = ExitConfig(trained_on="1: ab")
+    for rule in (ExitConfig(thresholds=[0.5, 0.5]), ExitSettings(thresholds=[0.5, 0.5]), ExitConfig()):
+        engine.exit_config = rule
+        assert engine.exit_config.trained_on == "1: ab"
+    engine.save_pretrained(tmp_path)
+    for given in (None, ExitConfig(), ExitSettings(thresholds=[0.5, 0.5])):
+        loaded = ORTScanForImageClassification.from_pretrained(tmp_path, exit_config=given)
+        assert loaded.exit_config.trained_on == "1: ab"

@@ -1,4 +1,5 @@
-"""Run by `test_trainer.py` in one process and in two: the gradients of one step over the same eight images."""
+"""Run by `test_trainer.py` in one process and in two: the gradients of one step over the same eight images,
+and averages of the weights."""
 
 import sys
 
@@ -6,10 +7,31 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from hf_scan import ScanTrainer, ScanTrainingArguments
+from hf_scan import EmaCallback, ScanTrainer, ScanTrainingArguments
 
 from ..conftest import random_scan_model
 from .test_trainer import rows
+
+
+def average_weights(output_dir: str, batch_size: int) -> None:
+    """Write the averages of a few steps over these images, as one process evaluates and saves them."""
+    model = random_scan_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module
+    args = ScanTrainingArguments(
+        output_dir,
+        max_steps=3,
+        per_device_train_batch_size=batch_size,
+        optim="sgd",
+        learning_rate=0.01,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    ScanTrainer(model, args, train_dataset=rows(8), callbacks=[EmaCallback(decay=0.7, use_warmup=False)]).train()
+    if args.process_index == 0:
+        torch.save(model.state_dict(), f"{output_dir}/averages.pt")
 
 
 def main(output_dir: str, expected_processes: int) -> None:
@@ -36,6 +58,7 @@ def main(output_dir: str, expected_processes: int) -> None:
     if args.process_index == 0:
         steps = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
         torch.save(steps, f"{output_dir}/gradients.pt")
+    average_weights(output_dir, 8 // expected_processes)
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -2,12 +2,26 @@ import copy
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, Subset
-from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
-from hf_scan import ExitConfig, RiskBound, ScanForImageClassification, ScanTrainer, calibrate, certify_thresholds
+from hf_scan import (
+    EmaCallback,
+    ExitConfig,
+    RiskBound,
+    ScanForImageClassification,
+    ScanTrainer,
+    calibrate,
+    certify_thresholds,
+)
 from hf_scan.data import some_digests
 from hf_scan.model.provenance import known_parts, unknown_parts
 from hf_scan.training.baseline import plain_copy
@@ -88,13 +102,53 @@ def test_images_that_cannot_be_known_are_said_to_be_so(tmp_path, caplog):
     assert unknown_parts(theirs.exit_config.trained_on) == ["weights of cifar_resnet20"]
     known = ScanForImageClassification.from_timm(backbone, image_size=16, trained_on=some_digests(FIRST)).eval()
     refuses(known, FIRST)
-    for network, warned in ((theirs, True), (model, True), (known, False)):
-        caplog.clear()
-        with caplog.at_level("WARNING"):
-            logging.enable_propagation()
-            calibrate(network, OTHERS, max_accuracy_drop=1.0)
-            logging.disable_propagation()
-        assert ("trained on images that cannot be known" in caplog.text) == warned
+    fresh = random_scan_model()  # or one whose weights came as a state dict
+    for network, warned in ((theirs, True), (model, True), (known, False), (fresh, True)):
+        assert ("trained on images that cannot be known" in warnings_of_calibration(network, caplog)) == warned
+
+
+def warnings_of_calibration(network, caplog) -> str:
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        logging.enable_propagation()
+        calibrate(network, OTHERS, max_accuracy_drop=1.0)
+        logging.disable_propagation()
+    return caplog.text
+
+
+def test_a_training_loop_that_records_nothing_is_said_to_be_one(tmp_path, caplog):
+    """After one that does; a forward pass alone, or one of ScanTrainer, is none."""
+    model = train(random_scan_model(), FIRST, tmp_path)
+    pixels = FIRST[0]["pixel_values"][None]
+    model.train()(pixels.expand(2, -1, -1, -1), labels=torch.tensor([0, 1]))
+    assert unknown_parts(model.exit_config.trained_on) == []
+    assert "cannot be known" not in warnings_of_calibration(model.eval(), caplog)
+    args = TrainingArguments(str(tmp_path / "plain"), max_steps=2, save_steps=2, use_cpu=True, report_to=[])
+    Trainer(model, args, train_dataset=SECOND).train()
+    loaded = ScanForImageClassification.from_pretrained(tmp_path / "plain/checkpoint-2")
+    for network in (model.eval(), loaded):
+        assert known_parts(network.exit_config.trained_on) == [some_digests(FIRST)]
+        assert unknown_parts(network.exit_config.trained_on) == [
+            "images of a training loop other than ScanTrainer, which keeps no record"
+        ]
+        assert "(images of a training loop other than ScanTrainer" in warnings_of_calibration(network, caplog)
+
+
+@pytest.mark.parametrize("given", [ExitConfig(), {"thresholds": [0.5, 0.5]}, "fast.json"], ids=["no", "dict", "file"])
+def test_another_rule_at_loading_keeps_what_weights_were_trained_on(tmp_path, given):
+    model = train(random_scan_model(), FIRST, tmp_path / "run")
+    model.save_pretrained(tmp_path / "saved")
+    ExitConfig(thresholds=[0.5, 0.5]).save_pretrained(tmp_path / "saved", "fast.json")
+    loaded = ScanForImageClassification.from_pretrained(tmp_path / "saved", exit_config=given)
+    assert (loaded.exit_config.thresholds is None) == (given == ExitConfig())
+    refuses(loaded, FIRST)
+
+
+def test_an_exit_configuration_that_cannot_be_read_beside_another_rule(tmp_path):
+    random_scan_model().save_pretrained(tmp_path)
+    (tmp_path / "exit_config.json").write_text("{")
+    loaded = ScanForImageClassification.from_pretrained(tmp_path, exit_config=ExitConfig(thresholds=[0.5, 0.5]))
+    assert unknown_parts(loaded.exit_config.trained_on) == ["weights whose exit_config.json cannot be read"]
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +254,36 @@ def test_a_plain_backbone_is_checked_and_its_images_are_remembered(tmp_path):
 def test_stored_images_are_known_in_parts(tmp_path):
     stored = Dataset.from_dict({"x": list(range(10))})
     assert some_digests(Subset(stored, [2, 3])) == some_digests(stored.select([2, 3]))
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "optimizer.pt"])
+def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, name):
+    """Of a plain network's run too: what was half written goes, what was whole stays."""
+    plain = plain_copy(random_scan_model())
+    args = arguments(tmp_path / "run", save_strategy="steps", save_steps=2)
+    trainer = CheckedTrainer(plain, args, train_dataset=FIRST, callbacks=[EmaCallback()])
+    (tmp_path / "run/checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-4" / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .* resumed from .*checkpoint-2\."):
+        trainer.train()
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_full_disk_when_the_model_is_saved(tmp_path):
+    trainer = ScanTrainer(random_scan_model(), arguments(tmp_path / "run"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/preprocessor_config.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"saved could not be written: the disk is full, .* Make space there"):
+        trainer.save_model(tmp_path / "saved")
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk(tmp_path):
+    """A million of them; one or two at a time do."""
+    settings = {"max_steps": 10**9, "save_strategy": "steps", "save_steps": 1}
+    model = random_scan_model()
+    with pytest.raises(OSError, match=r"The 1000000000 checkpoints that are kept of this run take \d+\.\d GB, and"):
+        ScanTrainer(model, arguments(tmp_path / "run", **settings), train_dataset=FIRST).train()
+    assert not (tmp_path / "run/checkpoint-1").exists()
+    for fewer in ({"save_total_limit": 1}, {"save_steps": 10**9}, {"save_strategy": "no"}):
+        trainer = ScanTrainer(model, arguments(tmp_path / "run", **{**settings, **fewer}), train_dataset=FIRST)
+        trainer._check_space()

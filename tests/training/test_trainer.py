@@ -4,7 +4,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from optuna.samplers import GridSampler
+from transformers import AutoImageProcessor, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_scan import (
@@ -127,6 +128,39 @@ def test_a_plain_trainer_trains_every_exit(tmp_path):
     out = model.eval()(torch.stack([row["pixel_values"] for row in rows(33, seed=1)]))
     labels = torch.tensor([row["labels"] for row in rows(33, seed=1)])
     assert all((logits.argmax(-1) == labels).float().mean() > 0.8 for logits in out.exit_logits)
+
+
+def plain_arguments(tmp_path, **kwargs) -> TrainingArguments:
+    kwargs = {"max_steps": 3, "save_strategy": "no", **kwargs}
+    return TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, report_to=[], **kwargs)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_plain_trainer_whose_loss_reaches_no_early_exit(tmp_path, name):
+    """Both compute a loss of `logits` in place of the model's."""
+    smoothed = name == "label_smoothing_factor"
+    args = plain_arguments(tmp_path, **({name: 0.1} if smoothed else {}))
+    kwargs = {} if smoothed else {name: lambda out, labels, **_: torch.nn.functional.cross_entropy(out.logits, labels)}
+    with pytest.raises(ValueError, match="reached the deepest exit only, so no early exit was trained"):
+        Trainer(fresh_model(), args, train_dataset=rows(16), **kwargs).train()
+
+
+def test_own_losses_of_every_exit_or_of_the_deepest_on_purpose(tmp_path):
+    def joined(out, labels, num_items_in_batch=None):
+        return sum(torch.nn.functional.cross_entropy(logits, labels) for logits in out.exit_logits)
+
+    Trainer(fresh_model(), plain_arguments(tmp_path), train_dataset=rows(16), compute_loss_func=joined).train()
+    model = fresh_model()
+    model.exit_heads.requires_grad_(False)
+    before = model.backbone.conv1.weight.clone()
+    Trainer(model, plain_arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=rows(16)).train()
+    assert not torch.equal(model.backbone.conv1.weight, before)
+
+
+@pytest.mark.parametrize("setting", [{"neftune_noise_alpha": 5.0}, {"use_liger_kernel": True}])
+def test_settings_of_language_models(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` is for language models"):
+        arguments(tmp_path, **setting)
 
 
 def test_own_metrics_get_the_array_of_logits(tmp_path):
@@ -273,7 +307,7 @@ def test_teachers(tmp_path):
 
 
 def test_a_teacher_of_other_classes(tmp_path):
-    with pytest.raises(ValueError, match="The teacher knows 3 classes and the network 5; expected the same"):
+    with pytest.raises(ValueError, match="The teacher has 3 classes and the network 5; expected the same"):
         ScanTrainer(random_scan_model(), arguments(tmp_path), teacher=random_scan_model(num_labels=3))
 
 
@@ -416,13 +450,15 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_two_processes_take_the_step_of_one_with_the_joined_batch(tmp_path):
     """Started with torchrun; each has four of the eight images, and no unused parameter is searched for."""
-    gradients = []
+    gradients, averages = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
         log = torchrun("tests.training.gradients_of_a_step", folder, processes, processes=processes)
         assert "find_unused_parameters" not in log
         gradients.append(torch.load(folder / "gradients.pt"))
+        averages.append(torch.load(folder / "averages.pt"))
+    torch.testing.assert_close(averages[0], averages[1], rtol=1e-4, atol=1e-6)
     for name, one in gradients[0].items():
         assert one.norm() > 0
         assert (gradients[1][name] - one).norm() < 1e-5 * one.norm(), name
@@ -497,10 +533,10 @@ def test_an_exit_that_would_learn_nothing(tmp_path):
     ScanTrainer(random_scan_model(), arguments(tmp_path, label_weight=[0.5, 0.5, 0.0], freeze_backbone=True))
 
 
-def test_evaluation_of_a_model_that_always_returns_its_masks(tmp_path):
+def test_evaluation_of_a_model_that_always_returns_its_masks_and_maps(tmp_path):
     model = random_scan_model()
     expected = ScanTrainer(model, arguments(tmp_path), eval_dataset=rows(9)).evaluate()
-    model.config.output_attentions = True
+    model.config.output_attentions = model.config.output_hidden_states = True
     found = ScanTrainer(model, arguments(tmp_path), eval_dataset=rows(9)).evaluate()
     assert found["eval_accuracy"] == expected["eval_accuracy"]
 
@@ -552,3 +588,101 @@ def test_other_errors_while_saving_are_left_alone(tmp_path, monkeypatch, error):
     with pytest.raises(type(error), match=str(error)):
         trainer.train()
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_early_stopping(tmp_path):
+    """Nothing is learned with a rate of 0, so that training stops after the patience, with the best weights."""
+    args = arguments(
+        tmp_path,
+        max_steps=20,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_exit_0_accuracy",
+    )
+    model = random_scan_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module
+    trainer = ScanTrainer(
+        model,
+        args,
+        train_dataset=rows(16),
+        eval_dataset=rows(16),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_global_step == 1
+
+
+def search(tmp_path, space, compute_metrics=None, callbacks=None, **kwargs):
+    args = arguments(tmp_path, max_steps=20, eval_strategy="steps", eval_steps=20)
+    trainer = ScanTrainer(
+        args=args,
+        model_init=fresh_model,
+        train_dataset=rows(64),
+        eval_dataset=rows(32, seed=1),
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    rates = {"sampler": GridSampler({"learning_rate": [1e-7, 3e-3]})}
+    return trainer, trainer.hyperparameter_search(space, n_trials=2, backend="optuna", **rates, **kwargs)
+
+
+def learning_rates(trial) -> dict:
+    return {"learning_rate": trial.suggest_float("learning_rate", 0, 1)}
+
+
+class Evaluations(TrainerCallback):
+    """Keeps the learning rate and the metrics of each evaluation."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.seen[args.learning_rate] = metrics
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_objective_of_a_search_fits_its_direction(tmp_path, direction):
+    """Transformers' own is the sum of accuracies in both, which is minimised by default: a search for the worst."""
+    evaluations = Evaluations()
+    given = {} if direction == "minimize" else {"direction": direction}
+    _, best = search(tmp_path, learning_rates, callbacks=[evaluations], **given)
+    if direction == "minimize":
+        values = {rate: metrics["eval_loss"] for rate, metrics in evaluations.seen.items()}
+        expected = min(values, key=values.__getitem__)
+    else:
+        names = [f"eval_exit_{index}_accuracy" for index in range(3)]
+        values = {rate: np.mean([metrics[name] for name in names]) for rate, metrics in evaluations.seen.items()}
+        expected = max(values, key=values.__getitem__)
+    assert len(values) == 2
+    assert best.hyperparameters == {"learning_rate": expected}
+    assert best.objective == pytest.approx(values[expected])
+
+
+def test_a_search_over_weights_of_the_loss(tmp_path):
+    """As numbers. Its values cannot be compared then, and mixing belongs to the trial."""
+
+    def weights(trial):
+        return {**learning_rates(trial), "soft_label_weight": 0.25, "mixup_alpha": 0.5}
+
+    trainer, best = search(tmp_path, weights, direction="maximize")
+    assert best.hyperparameters == {"learning_rate": 3e-3}
+    assert trainer.distillation.soft_label_weight == [0.25]
+    assert trainer._mixup is not None
+    with pytest.raises(ValueError, match=r"changes \['soft_label_weight'\], and with it the loss"):
+        search(tmp_path, weights)
+    with pytest.raises(ValueError, match=r"changes \['distillation_preset'\], which is read before trials begin"):
+        search(tmp_path, lambda trial: {**learning_rates(trial), "distillation_preset": "successor"})
+
+
+def test_a_search_without_an_objective(tmp_path):
+    with pytest.raises(ValueError, match=r"`direction` is 'maximize' without a `compute_objective`; expected one of"):
+        search(tmp_path, learning_rates, compute_metrics=lambda _: {}, direction="maximize")
+    with pytest.raises(ValueError, match=r"`direction` is \['minimize', 'maximize'\] without a `compute_objective`"):
+        search(tmp_path, learning_rates, direction=["minimize", "maximize"])
