@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Exported networks, and the engine that runs them without PyTorch: NumPy and ONNX Runtime are all it needs."""
+"""Export networks to ONNX, and run them with NumPy and ONNX Runtime, without PyTorch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .export import export_onnx
     from .numpy_rule import AdaptiveAnswer, ExitSettings, apply_exit_rule
 
-# The export needs PyTorch, the engine onnxruntime; each is loaded when it is used.
+# Imported lazily: the export needs PyTorch, the engine does not.
 _IMPORTED_WHEN_USED = {
     "AdaptiveAnswer": ".numpy_rule",
     "EngineOutput": ".engine",

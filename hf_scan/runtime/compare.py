@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What was exported, compared with PyTorch and with itself before it is put in place."""
+"""Compare an export with PyTorch and with itself before it is put in place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 BATCH_SIZES = (1, 2, 5)
-# By how much logits may differ, of the largest: a graph that is wrong differs by far more, and roundings of deep
-# networks with random weights by up to a fifth of it.
+# Tolerated difference as a share of the largest value. A wrong graph differs by far more, and the rounding of deep
+# networks with random weights reaches a fifth of it.
 TOLERANCE = 1e-3
-# Graphs in 8 bits are optimised differently where they are cut, and one rounding that falls to the other side moves
-# values by a 256th of their range.
+# Cut 8-bit graphs are fused differently, and one rounding that falls to the other side moves a value by a 256th of
+# its range.
 INT8_TOLERANCE = 0.1
 
 
@@ -36,8 +36,8 @@ def compare_with_pytorch(
     Open every session of an export and compare its logits with PyTorch, in batches of 1, 2 and 5.
 
     Args:
-        model ([`ScanForImageClassification`]): What was exported.
-        normalise (`Callable`): What the graphs do to images before the network.
+        model ([`ScanForImageClassification`]): The network that was exported.
+        normalise (`Callable`): The preprocessing that is part of the graphs.
         folder (`Path`): The export.
         pixels (`torch.Tensor`): Five images as the graphs take them.
 
@@ -92,7 +92,7 @@ def _failing_as_a_sentence(backbone: str) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:  # of ONNX Runtime, which has many kinds
+    except Exception as error:  # ONNX Runtime raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{backbone!r} cannot be exported to ONNX: ONNX Runtime does not run it ({reason}). Choose another "
@@ -123,7 +123,7 @@ def _compare_single(
 
 
 def check_states_without_heads(engine: ORTScanForImageClassification, images: np.ndarray, tolerance: float) -> None:
-    """Raise a `ValueError` unless each stage hands on the same with and without its head."""
+    """Raise a `ValueError` unless each stage gives the same state with and without its head."""
     state: list[Any] = [images]
     for index in range(engine.num_exits - 1):
         alone, _ = engine.run(index, state, head=False)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The engine without PyTorch: NumPy, ONNX Runtime and an exported folder are all that it needs."""
+"""The engine without PyTorch: it runs an exported folder with NumPy and ONNX Runtime."""
 
 import os
 import tempfile
@@ -23,19 +23,19 @@ from .stream import in_order, numbered, run_stream
 
 
 NEVER = np.float32(np.inf)
-# What `from_pretrained` takes for the Hub.
+# Arguments of `from_pretrained` for the Hub.
 HUB_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
 
 
 @dataclass
 class EngineOutput:
     """
-    What [`ORTScanForImageClassification`] returns for all exits.
+    The logits of all exits, as [`ORTScanForImageClassification`] returns them.
 
     Args:
-        logits (`np.ndarray` of shape `(batch_size, num_labels)`): The deepest exit's.
-        exit_logits (`tuple[np.ndarray]`): One of the same shape per exit, from shallow to deep.
-        ensemble_logits (`np.ndarray` of shape `(batch_size, num_labels)`): Mean over the exits.
+        logits (`np.ndarray` of shape `(batch_size, num_labels)`): Logits of the deepest exit.
+        exit_logits (`tuple[np.ndarray]`): Logits of each exit, of the same shape, from shallow to deep.
+        ensemble_logits (`np.ndarray` of shape `(batch_size, num_labels)`): Their mean.
     """
 
     logits: Any
@@ -53,14 +53,14 @@ class EngineOutput:
 class ORTScanForImageClassification:
     """
     An exported network with early exits, run by ONNX Runtime: [`~ScanForImageClassification.predict_adaptive`] without
-    PyTorch. Made by [`~ORTScanForImageClassification.from_pretrained`].
+    PyTorch. [`~ORTScanForImageClassification.from_pretrained`] loads one.
 
-    Arrays of NumPy give arrays of NumPy, and tensors of PyTorch give tensors, so that an engine can stand where a
-    model does: in `pipeline("image-classification", model=engine, image_processor=...)`, and as the model of
+    NumPy arrays give NumPy arrays and PyTorch tensors give tensors, so that an engine can be used in place of a
+    model: in `pipeline("image-classification", model=engine, image_processor=...)`, and as the model of
     [`~hf_scan.calibrate`], [`~hf_scan.measure_costs`], [`~hf_scan.realised_speedup`] and [`~hf_scan.ExitMonitor`].
 
-    One image runs `adaptive.onnx`, larger batches stage by stage. Each session has a thread pool of its own; where
-    several threads are used, [`share_thread_pool`] gives all one.
+    A single image runs `adaptive.onnx`, larger batches run stage by stage. Each session has its own thread pool,
+    unless [`share_thread_pool`] makes them share one.
 
     Example:
 
@@ -113,15 +113,15 @@ class ORTScanForImageClassification:
 
         Args:
             model_id (`str` or `Path`): A folder that `model.export_onnx` made, or a repository on the Hub.
-            export (`bool`, *optional*, defaults to `False`): Whether it is a checkpoint of PyTorch to export first.
+            export (`bool`, *optional*, defaults to `False`): Whether it is a PyTorch checkpoint to export first.
             provider (`str`, *optional*, defaults to `"CPUExecutionProvider"`): The execution provider.
-            providers (`Sequence`, *optional*): Several, in order of preference, instead.
+            providers (`Sequence`, *optional*): Several providers in order of preference, in place of `provider`.
             provider_options (`dict`, *optional*): Options of `provider`.
-            session_options (`onnxruntime.SessionOptions`, *optional*): Of every session, such as how many threads.
-            subfolder (`str`, *optional*): Such as `"int8"`.
+            session_options (`onnxruntime.SessionOptions`, *optional*): Options of every session, such as the threads.
+            subfolder (`str`, *optional*): A folder in it, such as `"int8"`.
             exit_config (*optional*): Used instead of the folder's `exit_config.json`.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub, and what
-                [`~hf_scan.runtime.export_onnx`] takes with `export=True`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub, and, with `export=True`, the
+                arguments of [`~hf_scan.runtime.export_onnx`].
 
         Raises:
             `OSError`: if there is no export, or a file of it is missing or is not what the manifest describes.
@@ -161,12 +161,12 @@ class ORTScanForImageClassification:
         engine._scratch = scratch
         return engine
 
-    # What a model has besides answers.
+    # Attributes that code for models expects.
 
     @property
     def exit_config(self) -> Any:
         """
-        The rule by which the network exits: an [`~hf_scan.ExitConfig`], or [`ExitSettings`] where PyTorch is missing.
+        The rule by which the network exits: an [`~hf_scan.ExitConfig`], or [`ExitSettings`] without PyTorch.
         Whatever is assigned, its `trained_on` keeps the images that the weights are known to have been trained on.
         """
         return self._exit_config
@@ -186,17 +186,17 @@ class ORTScanForImageClassification:
 
     @property
     def counted(self) -> dict[str, Any]:
-        """MACs and parameters of each stage and head, counted when the network was exported."""
+        """MACs and parameters of each stage and head, as counted at export."""
         return self.manifest.counted
 
     @property
     def device(self) -> Any:
-        """Where images are wanted: in the memory of the host."""
+        """The device that images must be on: the CPU."""
         return _torch().device("cpu")
 
     @property
     def dtype(self) -> Any:
-        """Numbers of the images."""
+        """The dtype of the images."""
         return getattr(_torch(), self.manifest.image["dtype"])
 
     def to(self, *args: Any, **kwargs: Any) -> "ORTScanForImageClassification":
@@ -217,15 +217,19 @@ class ORTScanForImageClassification:
             raise ValueError("An exported network is not trained. Train the checkpoint and export it again.")
         return self
 
+    def has_training_modules(self) -> bool:
+        """Return `False`."""
+        return False
+
     def can_generate(self) -> bool:
         """Return `False`."""
         return False
 
     def fingerprint(self) -> str:
-        """Return SHA-256 of graphs and weights. Thresholds found for one network are not another's."""
+        """Return SHA-256 of graphs and weights, by which thresholds are tied to the network they were found for."""
         return self.manifest.fingerprint()
 
-    # Running it.
+    # Inference.
 
     def forward(self, pixel_values: Any, labels: Any = None) -> EngineOutput:
         """
@@ -233,7 +237,7 @@ class ORTScanForImageClassification:
 
         Args:
             pixel_values (`np.ndarray` or `torch.Tensor`): The images.
-            labels: Not used: there is no loss without PyTorch.
+            labels: Ignored: there is no loss without PyTorch.
         """
         images, convert = self._images(pixel_values)
         state, logits = [images], []
@@ -254,15 +258,15 @@ class ORTScanForImageClassification:
 
     def run(self, index: int, state: Sequence[Any], head: bool) -> tuple[list[Any], Any]:
         """
-        Run a stage, and its head with it.
+        Run a stage, with or without its head.
 
         Args:
             index (`int`): Which stage.
-            state (`Sequence[np.ndarray]`): What the stage before returned, or `[pixel_values]`.
-            head (`bool`): Whether to run the head. The last stage's always does.
+            state (`Sequence[np.ndarray]`): The state that the previous stage returned, or `[pixel_values]`.
+            head (`bool`): Whether to run the head. The last stage always runs it.
 
         Returns:
-            `tuple[list, np.ndarray]`: what the stage hands on, and the exit's logits, if its head ran.
+            `tuple[list, np.ndarray]`: the state after the stage, and the exit's logits, or None without the head.
         """
         names = ["pixel_values"] if index == 0 else [value["name"] for value in self.manifest.states[index - 1]]
         head = head or index == self.num_exits - 1
@@ -272,8 +276,8 @@ class ORTScanForImageClassification:
 
     def time_parts(self, pixel_values: Any) -> list[float]:
         """
-        Return the seconds of each stage and its head, in their order, and of the plain network. A head runs together
-        with its stage, so its time is by how much both take longer than the stage alone.
+        Return the seconds of each stage and its head, in order, and of the plain network. A head runs in the session
+        of its stage, so its time is the difference between the stage with and without the head.
         """
         state: list[Any] = [self._images(pixel_values)[0]]
         images, seconds = state[0], []
@@ -283,10 +287,10 @@ class ORTScanForImageClassification:
             middle = time.perf_counter()
             if index < self.num_exits - 1:
                 after, logits = self.run(index, state, head=True)
-                (confidence_of(logits) > 0.5).any()  # what it takes to decide who leaves
+                (confidence_of(logits) > 0.5).any()  # the decision who leaves
             both = time.perf_counter() - middle
             alone = middle - start
-            # The clock's least where there is nothing to see: a share of nothing is no number.
+            # At least a nanosecond: later code divides by it.
             seconds += [alone, max(1e-9, both - alone) if index < self.num_exits - 1 else 1e-9]
             state = after
         start = time.perf_counter()
@@ -357,11 +361,11 @@ class ORTScanForImageClassification:
 
     def run_nested(self, images: np.ndarray, plan: list[Step]) -> AdaptiveAnswer:
         """
-        Run `adaptive.onnx`, whose rule the plan must be: the file's own heads run.
+        Run `adaptive.onnx`. The plan must be of the rule in the file, whose heads all run.
 
         Args:
             images (`np.ndarray`): One image, as a batch.
-            plan (`list[Step]`): Only the limits are read.
+            plan (`list[Step]`): Gives the thresholds.
         """
         limits = np.array([NEVER if step.limit is None else step.limit for step in plan], dtype=np.float32)
         session = self._sessions["adaptive.onnx"]
@@ -382,13 +386,13 @@ class ORTScanForImageClassification:
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """
-        Write the engine's folder and its exit configuration elsewhere, or here again. Where the rule is no longer the
-        one in `adaptive.onnx` (thresholds may be others; heads that run, criterion, fallback and temperatures may
-        not), that file is made anew, which needs the package onnx, or left out.
+        Write the export and the exit configuration to a folder, which may be the engine's own. `adaptive.onnx` holds
+        the heads that run, criterion, fallback and temperatures, but not the thresholds. Where one of these changed,
+        the file is written anew, which needs the package onnx; without it, the file is left out.
 
         Args:
             save_directory (`str` or `Path`): The folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push it too.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push it to the Hub, too.
             kwargs: For [`~ORTScanForImageClassification.push_to_hub`].
         """
         target = Path(save_directory)
@@ -413,7 +417,7 @@ class ORTScanForImageClassification:
             self.save_pretrained(folder)
             return upload_export(folder, repo_id, **kwargs)
 
-    # Inside.
+    # Helpers.
 
     def _settings(self, exit_config: Any, changes: dict[str, Any]) -> ExitSettings:
         settings = ExitSettings.of(self._exit_config if exit_config is None else exit_config)
@@ -421,7 +425,7 @@ class ORTScanForImageClassification:
         return for_problem(settings, self.config.problem_type)
 
     def _images(self, pixel_values: Any, values: bool = False) -> tuple[np.ndarray, Any]:
-        """The images as an array, and what turns answers into what was given."""
+        """Return the checked images as an array, and the function that converts answers to the type that was given."""
         if hasattr(pixel_values, "detach"):
             images, convert = pixel_values.detach().cpu().numpy(), _torch().from_numpy
         else:

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Export a network to ONNX: once as a whole, cut into stages, and compared with PyTorch before it is put in place."""
+"""Export a network to ONNX as a whole, cut it into stages, and compare them with PyTorch."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ INT8_FOLDER = "int8"
 
 
 class _AllStages(nn.Module):
-    """Every exit's logits and what each stage hands on, for the exporter."""
+    """A module that returns every exit's logits and the state after each stage, for the exporter."""
 
     def __init__(self, model: "ScanForImageClassification", preprocessing: dict[str, Any] | None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _AllStages(nn.Module):
                 return (*outputs, self.model.backbone.forward_head(state.values[0]))
             outputs.append(self.model.exit_heads[index](stage.feature(state))[1])
             if index < self.model.num_exits - 1:
-                # What is the same for every batch is computed again from weights, by the runtime once.
+                # Values that do not depend on the images are constants of the next stage, which the runtime folds.
                 own = [value for value, batched in zip(state.values, state.batched) if batched]
                 outputs += [value for value in tree_leaves(own) if isinstance(value, torch.Tensor)]
         return tuple(outputs)
@@ -68,21 +68,20 @@ def export_onnx(
     """
     Export a network to ONNX, for [`ORTScanForImageClassification`] and any other runtime.
 
-    The folder gets `onnx/` with one graph per stage, `adaptive.onnx` for one image, `plain.onnx`, their common
-    `weights.bin` and `manifest.json`, and beside it what a checkpoint has: configuration, exit configuration, image
-    processor and card. With a `calibration_dataset`, the subfolder `int8` holds the same network in 8 bits. A
-    guarantee belongs to the weights and numbers it was certified on, so `int8` gets neither it nor thresholds: find
-    them on that network's own logits with [`~hf_scan.calibrate`].
+    The folder gets `onnx/` with one graph per stage, `adaptive.onnx` for a single image, `plain.onnx`, their shared
+    `weights.bin` and `manifest.json`, and beside it configuration, exit configuration, image processor and card. With
+    a `calibration_dataset`, the subfolder `int8` holds the same network in 8 bits. Thresholds and guarantees do not
+    carry over to it: find thresholds on its own logits with [`~hf_scan.calibrate`].
 
     Args:
         model ([`ScanForImageClassification`]): The network. It is exported in float32, in evaluation mode.
-        folder (`str` or `Path`): Replaced as a whole, once everything agrees with PyTorch. A folder that exists must
-            be empty or an earlier export.
-        calibration_dataset (*optional*): Rows with `pixel_values` as the network takes them, or a tensor of images:
-            real ones, a few hundred, by which the ranges of 8-bit numbers are chosen. None makes no `int8`.
-        include_preprocessing (`bool`, *optional*, defaults to `False`): Whether the graphs take images as cameras give
-            them, uint8 of shape `(batch_size, height, width, channels)`, and normalise them.
-        opset (`int`, *optional*, defaults to 20): Version of ONNX's operators.
+        folder (`str` or `Path`): Replaced as a whole after the comparison with PyTorch. An existing folder must be
+            empty or an earlier export.
+        calibration_dataset (*optional*): Rows with `pixel_values` as the network takes them, or a tensor of images: a
+            few hundred real images, from which the ranges of activations are taken. Without it, `int8` is not made.
+        include_preprocessing (`bool`, *optional*, defaults to `False`): Whether the graphs take uint8 images of shape
+            `(batch_size, height, width, channels)` and normalise them.
+        opset (`int`, *optional*, defaults to 20): The version of ONNX's operators.
 
     Raises:
         `ImportError`: if the packages of the extra `hf_scan[onnx]` are not installed.
@@ -124,7 +123,7 @@ def export_onnx(
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
-    """Rename the new export to its place. Whatever interrupts it, an earlier export is there again."""
+    """Rename the new export to its place. If that fails, an earlier export is restored."""
     old = scratch / "old"
     if target.exists():
         target.rename(old)
@@ -204,7 +203,7 @@ def _write(
 
 
 def _states_of(wrapped: _AllStages, pixels: torch.Tensor) -> list[list[dict[str, Any]]]:
-    """What each stage hands on, found by running it for two images."""
+    """Describe the state after each stage but the last, by running the network on two images."""
     model = wrapped.model
     states, state = [], StageState.from_images(wrapped.images(pixels))
     with torch.no_grad():
@@ -244,18 +243,20 @@ def _exported(
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
-    except Exception as error:  # of the exporter, which has many kinds
+    except Exception as error:  # the exporter raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{wrapped.model.config.backbone!r} cannot be exported to ONNX: {reason} Choose another backbone, or "
             "other `exit_points`."
         ) from error
     assert program is not None
-    return graphs.infer_shapes(program.model_proto)
+    whole = graphs.infer_shapes(program.model_proto)
+    graphs.fix_resize_scales(whole)
+    return whole
 
 
 def rule_of(exit_config: Any, num_exits: int) -> dict[str, Any]:
-    """The rule that `adaptive.onnx` holds: thresholds are its input, all else is its structure."""
+    """Return the rule that `adaptive.onnx` holds. Thresholds are an input of the graph and not part of it."""
     settings = ExitSettings.of(exit_config) if not callable(exit_config.criterion) else ExitSettings()
     if settings.thresholds is None:
         settings = settings.replace(thresholds=[0.5] * num_exits)
@@ -265,13 +266,13 @@ def rule_of(exit_config: Any, num_exits: int) -> dict[str, Any]:
 
 def write_graphs(whole: "onnx.ModelProto", manifest: Manifest, rule: dict[str, Any], folder: Path) -> None:
     """
-    Cut a whole network into the files of an export.
+    Cut a whole network into the files of an export, and write them.
 
     Args:
-        whole (`onnx.ModelProto`): With every exit's logits and every state as outputs.
-        manifest ([`Manifest`]): Says which states there are; gets the files and the rule.
-        rule (`dict`): Of `adaptive.onnx`.
-        folder (`Path`): Where to.
+        whole (`onnx.ModelProto`): The network, with every exit's logits and every state as outputs.
+        manifest ([`Manifest`]): Describes the states. The files and the rule are added to it.
+        rule (`dict`): The rule of `adaptive.onnx`.
+        folder (`Path`): The folder to create.
     """
     from . import graphs
 
@@ -308,7 +309,7 @@ def nested(models: dict[str, Any], manifest: Manifest) -> Any:
 
 
 def _save_beside(model: "ScanForImageClassification", folder: Path, int8: bool = False) -> None:
-    """Configuration, exit configuration, image processor and card, without the weights of PyTorch."""
+    """Save configuration, exit configuration, image processor and card, without the PyTorch weights."""
     from ..model.exit_config import ExitConfig
     from ..model.image_processing_scan import create_image_processor
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Graphs of ONNX: one network cut into stages, stages nested into one file, weights shared by all of them."""
+"""ONNX graphs: cut a network into stages, nest stages into one graph, and share weights between files."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from .manifest import WEIGHTS_NAME
 
 IMAGE = "pixel_values"
 OPSET = 20
-# Smaller ones are shapes and scales, which ONNX Runtime wants to see in the graph.
+# Smaller tensors are shapes and scales, which ONNX Runtime needs in the graph itself.
 LEAST_SHARED_BYTES = 1024
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """
-    Return a network whose values have shapes. Weights are set aside meanwhile, because what is inferred goes through
-    a message of at most 2 GB.
+    Return a network whose values have shapes. Weights are set aside meanwhile, because the inference serialises the
+    network, and a message holds at most 2 GB.
 
     Args:
         model (`onnx.ModelProto`): The network. Its weights move to the one that is returned.
@@ -46,21 +46,50 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return inferred
 
 
+def fix_resize_scales(whole: onnx.ModelProto) -> None:
+    """
+    Give each `Resize` of a map of fixed size constant scales, in place of sizes that the exporter computes from the
+    shape of the images. Where the scales are whole numbers, ONNX Runtime runs it in the blocked layout of its
+    convolutions, which it leaves and enters again otherwise.
+
+    Args:
+        whole (`onnx.ModelProto`): The network, its values with shapes. Changed in place.
+    """
+    values = (*whole.graph.value_info, *whole.graph.input, *whole.graph.output)
+    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in values}
+    for node in whole.graph.node:
+        if node.op_type != "Resize" or len(node.input) < 4 or not node.input[3]:
+            continue
+        before, after = (shapes.get(name, [])[2:] for name in (node.input[0], node.output[0]))
+        if not (all(before) and all(after) and len(before) == len(after) == 2):
+            continue
+        scales = np.array([1, 1, *map(_scale, before, after)], dtype=np.float32)
+        node.input[2] = f"{node.output[0]}_scales"
+        whole.graph.initializer.append(numpy_helper.from_array(scales, node.input[2]))
+        del node.input[3:]
+
+
+def _scale(before: int, after: int) -> np.float32:
+    """Return the factor between two sizes, so that `floor(before * factor)`, which runtimes compute, is the second."""
+    factor = np.float32(after / before)
+    return factor if int(np.float32(before) * factor) == after else np.nextafter(factor, np.float32(np.inf))
+
+
 def cut(whole: onnx.ModelProto, inputs: list[str], outputs: list[str], rows: str | None = None) -> onnx.ModelProto:
     """
     Cut a part out of a network.
 
     Args:
         whole (`onnx.ModelProto`): The network, its values with shapes.
-        inputs, outputs (`list[str]`): Where the part begins and ends.
-        rows (`str`, *optional*): An input with one row for each image, from which the part reads the batch size where
-            the network reads it from the images.
+        inputs, outputs (`list[str]`): Names of the values at which the part begins and ends.
+        rows (`str`, *optional*): An input with one row per image. Where the network reads the batch size from the
+            images, the part reads it from this input.
 
     Raises:
         `ValueError`: if the part needs the images themselves.
     """
     part = Extractor(whole).extract_model(inputs, outputs)
-    for node in part.graph.node:  # where in Python it comes from
+    for node in part.graph.node:  # source locations and paths of this machine
         del node.metadata_props[:]
         node.ClearField("doc_string")
     for value in (*part.graph.value_info, *part.graph.input, *part.graph.output):
@@ -79,13 +108,13 @@ def cut(whole: onnx.ModelProto, inputs: list[str], outputs: list[str], rows: str
 
 def nest(stages: Sequence[onnx.ModelProto], states: list[list[str]], rule: dict[str, Any]) -> onnx.ModelProto:
     """
-    Put stages into one graph for one image, whose later stages stand in branches of `If` that are not run for images
-    that leave earlier. Its inputs are `pixel_values` and `thresholds`, `(num_exits,)` in float32, above 1 where no
-    image leaves; its outputs `logits`, `exit_index` and `confidence`.
+    Return one graph for a single image, in which later stages are branches of `If` that do not run for an image that
+    leaves earlier. Inputs: `pixel_values`, and `thresholds` of shape `(num_exits,)`, float32, above 1 where no image
+    leaves. Outputs: `logits`, `exit_index` and `confidence`.
 
     Args:
-        stages (`Sequence[onnx.ModelProto]`): One per exit; those whose head does not run give no logits.
-        states (`list[list[str]]`): What each stage but the last hands on.
+        stages (`Sequence[onnx.ModelProto]`): One graph per exit; without logits where the head does not run.
+        states (`list[list[str]]`): Names of the state after each stage but the last.
         rule (`dict[str, Any]`): `criterion`, `temperatures`, `fallback` and `heads`.
     """
     builder = _Nest(stages, states, rule)
@@ -111,7 +140,7 @@ class _Nest:
         self.count = 0
 
     def _renamed(self, index: int, stage: onnx.ModelProto) -> onnx.GraphProto:
-        """The stage's graph with names of its own, but for what it receives."""
+        """Return the graph of a stage, with a prefix to all its names but the state that it receives."""
         prefix = f"{index}/"
         graph = add_prefix(stage, prefix).graph
         received = [IMAGE] if index == 0 else self.states[index - 1]
@@ -126,7 +155,7 @@ class _Nest:
     def graph(
         self, index: int = 0, seen: tuple[str, ...] = (), exits: tuple[int, ...] = (), tag: str = ""
     ) -> onnx.GraphProto:
-        """The network from a stage on; of the logits that earlier heads gave, the names."""
+        """Return the network from a stage on, given the names of the logits of earlier heads."""
         part = self.parts[index]
         nodes = list(part.node)
         initializers = list(part.initializer)
@@ -163,7 +192,7 @@ class _Nest:
     def _graph(
         self, tag: str, nodes: list[onnx.NodeProto], initializers: list[TensorProto] | None = None
     ) -> onnx.GraphProto:
-        """A graph or branch. Its outputs carry a tag: within a graph and those around it, each name stands once."""
+        """Return a graph or branch. A tag makes its outputs unique, as ONNX requires of names in nested graphs."""
         names = ["logits", "exit_index", "confidence"]
         for node in nodes:
             for values in (node.input, node.output):
@@ -246,12 +275,16 @@ class _Nest:
             steps.append(self._constant(prefix + "zero", np.float32(0)))
             steps.append(helper.make_node("Add", [prefix + "one", prefix + "share"], [prefix + "certainty"]))
             steps.append(helper.make_node("Clip", [prefix + "certainty", prefix + "zero", prefix + "one"], [result]))
-        else:
+        elif criterion == "patience":
             self._patience(steps, prefix, scaled, result)
+        else:
+            raise ValueError(
+                f"`criterion` is {criterion!r}, which `adaptive.onnx` cannot hold; expected a known name."
+            )
         return result
 
     def _patience(self, steps: list[onnx.NodeProto], prefix: str, scaled: list[str], result: str) -> None:
-        """n / (n + 1) for the last n exits that agree; NaN where the last one's logits are not finite."""
+        """Add n / (n + 1) for the last n exits that agree; NaN where the last one's logits are not finite."""
         for number, name in enumerate(reversed(scaled)):
             steps.append(helper.make_node("ArgMax", [name], [f"{prefix}class{number}"], axis=-1, keepdims=0))
             pair = [f"{prefix}class{number}", f"{prefix}class0"]
@@ -320,11 +353,11 @@ def tensors_of(graph: onnx.GraphProto) -> Iterator[TensorProto]:
 
 def save_sharing_weights(models: dict[str, onnx.ModelProto], folder: Path) -> None:
     """
-    Write graphs whose weights lie once in `weights.bin` beside them, of any size in all.
+    Write graphs with one shared `weights.bin`, in which each tensor is stored once. It may exceed 2 GB.
 
     Args:
-        models (`dict[str, onnx.ModelProto]`): By file name. Changed in place: their weights go.
-        folder (`Path`): Where to.
+        models (`dict[str, onnx.ModelProto]`): Graphs by file name. Their weights are removed in place.
+        folder (`Path`): The folder to write to.
     """
     places: dict[str, int] = {}
     with (folder / WEIGHTS_NAME).open("wb") as file:
@@ -349,4 +382,4 @@ def save_sharing_weights(models: dict[str, onnx.ModelProto], folder: Path) -> No
         onnx.save(model, folder / name)
 
 
-__all__ = ["IMAGE", "OPSET", "cut", "infer_shapes", "nest", "save_sharing_weights", "tensors_of"]
+__all__ = ["IMAGE", "OPSET", "cut", "fix_resize_scales", "infer_shapes", "nest", "save_sharing_weights", "tensors_of"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The files beside the graphs of an exported network: configurations, on this machine or on the Hub."""
+"""Read the configurations of an exported network, from a folder or the Hub."""
 
 import json
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ EXIT_CONFIG_NAME = "exit_config.json"
 
 
 def read_config(folder: Path, manifest: Manifest) -> Any:
-    """The configuration: Transformers' own object where there is Transformers, else its values."""
+    """Return the [`ScanConfig`], or its values as a namespace where Transformers is not installed."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise OSError(f"{folder} holds no {CONFIG_NAME!r}. Name a folder that `model.export_onnx(folder)` made.")
@@ -41,6 +41,7 @@ def read_config(folder: Path, manifest: Manifest) -> Any:
 
 
 def read_exit_config(folder: Path) -> Any:
+    """Return the [`ExitConfig`], or [`ExitSettings`] where PyTorch is not installed."""
     if _has_torch():
         from ..model.exit_config import ExitConfig
 
@@ -58,6 +59,7 @@ def read_exit_config(folder: Path) -> Any:
 
 
 def download(model_id: Any, subfolder: str, **kwargs: Any) -> Path:
+    """Download an export from the Hub and return its folder."""
     if find_spec("huggingface_hub") is None:
         raise OSError(
             f"{model_id} is not a folder, and huggingface_hub, which would load it from the Hub, is not installed."

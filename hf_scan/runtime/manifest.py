@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""`onnx/manifest.json`: what the files of an exported network are, read and checked without PyTorch."""
+"""`onnx/manifest.json`, which describes the files of an exported network. Read and checked without PyTorch."""
 
 import hashlib
 import json
@@ -22,19 +22,19 @@ FORMAT = 1
 @dataclass
 class Manifest:
     """
-    What an exported network consists of.
+    A description of an exported network.
 
     Args:
         network (`str`): [`~ScanForImageClassification.fingerprint`] of the weights that were exported.
         precision (`str`): `"float32"` or `"int8"`.
-        num_labels (`int`): Width of the logits.
+        num_labels (`int`): The width of the logits.
         image (`dict`): `dtype` and `shape` of one image.
-        states (`list[list[dict]]`): For each stage but the last, the values that it hands on: `name`, `dtype`, and
-            `rows_per_image`, more than 1 where windows of an image are rows of their own.
+        states (`list[list[dict]]`): The state after each stage but the last, as values with `name`, `dtype` and
+            `rows_per_image`, which exceeds 1 where each window of an image is a row.
         adaptive (`dict`, *optional*): The rule in `adaptive.onnx`: `criterion`, `temperatures`, `fallback`, and
             `heads`, which of them run.
         counted (`dict`): MACs and parameters of each stage and head.
-        files (`dict[str, str]`): SHA-256 of each file by its name.
+        files (`dict[str, str]`): SHA-256 of each file, by name.
         format (`int`): Version of this description.
     """
 
@@ -135,9 +135,8 @@ def check_weights_beside(path: Path) -> None:
     """
     Raise a `ValueError` if a graph names any file but the `weights.bin` beside it.
 
-    Where a tensor lies outside of its graph, the graph holds an entry with the key "location" and the file as value.
-    Looking for these bytes needs no package that reads graphs. ONNX Runtime refuses other folders too; not all of its
-    versions do.
+    For a tensor outside of the graph, the graph holds an entry with the key "location" and the file as value. These
+    bytes are found without a package that reads graphs. Recent versions of ONNX Runtime refuse other folders, too.
     """
     entry = b"\x0a\x08location\x12" + bytes([len(WEIGHTS_NAME)]) + WEIGHTS_NAME.encode()
     graph = path.read_bytes()

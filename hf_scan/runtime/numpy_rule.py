@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The exit rule in NumPy, for engines without PyTorch. `hf_scan/model/exit_rule.py` defines it; a test ties both."""
+"""The exit rule in NumPy, for engines without PyTorch. Tests check it against `hf_scan/model/exit_rule.py`."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -70,16 +70,15 @@ MEMORYLESS = frozenset({"confidence", "margin", "entropy", LABEL_CONFIDENCE})
 @dataclass
 class AdaptiveAnswer:
     """
-    What an engine without PyTorch returns: [`~hf_scan.AdaptiveOutput`] with arrays of NumPy.
+    The answers of an engine without PyTorch: [`~hf_scan.AdaptiveOutput`] with NumPy arrays.
 
     Args:
-        logits (`np.ndarray` of shape `(batch_size, num_labels)`): Each sample's answer.
+        logits (`np.ndarray` of shape `(batch_size, num_labels)`): The answer to each sample.
         exit_index (`np.ndarray` of shape `(batch_size,)`): The exit that gave it, from 0; `num_exits` where the
             ensemble did. int64.
         confidence (`np.ndarray` of shape `(batch_size,)`): The answer's largest softmax probability, at its exit's
             temperature.
-        ids (`np.ndarray` of shape `(batch_size,)`, *optional*): Which images these are, where they come from a
-            stream. int64.
+        ids (`np.ndarray` of shape `(batch_size,)`, *optional*): Positions of the images in a stream. int64.
     """
 
     logits: np.ndarray
@@ -96,18 +95,18 @@ class AdaptiveAnswer:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        """Return the names of the fields that are there."""
+        """Return the names of the fields that are not None."""
         return [entry.name for entry in fields(self) if getattr(self, entry.name) is not None]
 
     def items(self) -> list[tuple[str, Any]]:
-        """Return those names with their values."""
+        """Return the names and values of these fields."""
         return [(name, getattr(self, name)) for name in self.keys()]
 
 
 @dataclass(frozen=True)
 class ExitSettings:
     """
-    The fields of [`~hf_scan.ExitConfig`], read where PyTorch is not installed. See there for their meaning.
+    [`~hf_scan.ExitConfig`] for environments without PyTorch: the same fields, which are explained there.
 
     Raises:
         `ValueError`: if a threshold is not a number in [0, 1], a temperature is not above 0, or there is no such
@@ -162,7 +161,7 @@ class ExitSettings:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """The fields that say who leaves where, and with which answer."""
+        """The fields that define the exit rule."""
         return {name: getattr(self, name) for name in RULE}
 
     def resolve(self, num_exits: int) -> list[float | None]:
@@ -204,14 +203,14 @@ class ExitSettings:
         return label_confidence_of(scaled) if self.criterion == LABEL_CONFIDENCE else confidence_of(scaled)
 
     def score(self, seen: Sequence[np.ndarray], exits: Sequence[int]) -> np.ndarray:
-        """Return how sure the last of some exits is of each sample, float32 of shape `(batch_size,)`."""
+        """Return the score of each sample at the last of these exits, float32 of shape `(batch_size,)`."""
         scaled = [self.scaled(logits, index) for logits, index in zip(seen, exits)]
         score = CRITERIA[self.criterion](scaled).astype(np.float32, copy=False)
-        # NaN, so that no sample leaves by logits that are not finite, whatever the criterion makes of them.
+        # NaN where logits are not finite, so that no sample leaves by them, whatever the criterion gives.
         return np.where(np.isfinite(seen[-1]).all(axis=-1), score, np.float32(np.nan))
 
     def replace(self, **kwargs: Any) -> "ExitSettings":
-        """Return a copy with some fields replaced. What was found for another rule goes when the rule changes."""
+        """Return a copy with some fields replaced. Provenance and guarantee are dropped when the rule changes."""
         if unknown := sorted(set(kwargs) - {entry.name for entry in fields(self)}):
             raise TypeError(
                 f"An exit configuration has no {unknown}; expected some of "
@@ -235,11 +234,11 @@ RULE = ("thresholds", "criterion", "temperatures", "fallback")
 @dataclass(frozen=True)
 class Step:
     """
-    What happens at one exit.
+    The plan for one exit.
 
     Args:
         runs (`bool`): Whether its head runs.
-        limit (`float`, *optional*): The score above which a sample leaves there; `None` where none can.
+        limit (`float`, *optional*): The threshold, or `None` where no sample can leave.
     """
 
     runs: bool
@@ -264,7 +263,7 @@ def plan_steps(
 def fall_back(
     settings: ExitSettings, seen: Sequence[np.ndarray], exits: Sequence[int], num_exits: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return logits, exit and confidence of samples that no exit was sure about, from the logits of those that ran."""
+    """Return logits, exit and confidence of samples that left at no exit, from the logits of the heads that ran."""
     if settings.fallback == "ensemble":
         logits = mean_of(seen)
         return logits, np.full(len(logits), num_exits), settings.confidence(logits)
@@ -279,10 +278,10 @@ def fall_back(
 
 def apply_exit_rule(exit_logits: Sequence[np.ndarray], exit_config: Any) -> AdaptiveAnswer:
     """
-    Apply the exit rule to logits that are all known, as [`~hf_scan.apply_exit_rule`] does on tensors.
+    Apply the exit rule to the logits of all exits, as [`~hf_scan.apply_exit_rule`] does on tensors.
 
     Args:
-        exit_logits (`Sequence[np.ndarray]`): One array per exit of shape `(batch_size, num_labels)`.
+        exit_logits (`Sequence[np.ndarray]`): One array of shape `(batch_size, num_labels)` per exit.
         exit_config ([`ExitSettings`] or [`~hf_scan.ExitConfig`]): The thresholds and the fallback.
     """
     settings = ExitSettings.of(exit_config)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Static quantisation to 8 bits, calibrated on real images: the whole network at once, and then cut."""
+"""Quantise a whole network to 8 bits, calibrated on real images, before it is cut into stages."""
 
 import platform
 import tempfile
@@ -16,22 +16,22 @@ from .manifest import Manifest
 if TYPE_CHECKING:
     import onnx
 
-# Images that ranges are chosen by, and how many are run at a time.
+# Images to calibrate on, and images at a time.
 MOST_IMAGES = 256
 BATCH = 32
-# Networks above it have their weights in a second file while they are quantised: one file holds at most 2 GB.
+# Larger networks are quantised with their weights in a second file: one file holds at most 2 GB.
 MOST_BYTES_IN_A_FILE = 2**30
 
 
 def quantize(whole: "onnx.ModelProto", manifest: Manifest, dataset: Any) -> tuple["onnx.ModelProto", Manifest]:
     """
-    Quantise a network: weights by channel, activations by ranges seen on real images. The network is
-    quantised as a whole and then cut, so that its stages, `adaptive.onnx` and `plain.onnx` are one network, and what
-    a stage hands on is a quarter as large.
+    Quantise a network: weights per channel, activations by their ranges on real images. The network is quantised as a
+    whole and cut later, so that the stages, `adaptive.onnx` and `plain.onnx` agree, and the states between stages are
+    8 bits, too.
 
     Args:
-        whole (`onnx.ModelProto`): With every exit's logits and every state as outputs.
-        manifest ([`Manifest`]): Of the network in float32.
+        whole (`onnx.ModelProto`): The network, with every exit's logits and every state as outputs.
+        manifest ([`Manifest`]): The manifest of the float32 network.
         dataset: Rows with `pixel_values`, or a tensor of images.
 
     Returns:
@@ -80,6 +80,7 @@ def quantize(whole: "onnx.ModelProto", manifest: Manifest, dataset: Any) -> tupl
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         quantized = onnx.load(paths[2])
+    _read_shapes_before_rounding(quantized)
     states = [[_handed_on(quantized, value) for value in values] for values in manifest.states]
     own = Manifest(
         network=manifest.network,
@@ -92,14 +93,24 @@ def quantize(whole: "onnx.ModelProto", manifest: Manifest, dataset: Any) -> tupl
     return quantized, own
 
 
+def _read_shapes_before_rounding(quantized: "onnx.ModelProto") -> None:
+    """Let each `Shape` read a value where it is not quantised yet: a stage gets the batch size of the images alone."""
+    source = {name: node for node in quantized.graph.node for name in node.output}
+    for node in quantized.graph.node:
+        if node.op_type != "Shape":
+            continue
+        while (before := source.get(node.input[0])) and before.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.input[0] = before.input[0]
+
+
 def _handed_on(quantized: "onnx.ModelProto", state: dict[str, Any]) -> dict[str, Any]:
-    """A state where it is 8 bits: before the node that makes it float again, if there is one."""
+    """Return the description of a state in 8 bits, before `DequantizeLinear`, if the graph has one for it."""
     import onnx
 
     for node in quantized.graph.node:
         if node.op_type == "DequantizeLinear" and state["name"] in node.output:
             name = node.input[0]
-            # The cut needs to know what stands there.
+            # The cut needs the type and shape of the value.
             if not any(value.name == name for value in (*quantized.graph.value_info, *quantized.graph.output)):
                 shape = next(value for value in quantized.graph.output if value.name == state["name"])
                 info = onnx.ValueInfoProto()
@@ -115,7 +126,7 @@ def _images_of(dataset: Any, manifest: Manifest) -> np.ndarray:
     if hasattr(dataset, "dtype"):  # an array; a `datasets.Dataset` has a shape too
         rows = list(dataset[:MOST_IMAGES])
     else:
-        # Evenly from all of it, as datasets are often sorted by class.
+        # Spread evenly, because datasets are often sorted by class.
         count = min(len(dataset), MOST_IMAGES)
         rows = [dataset[int(index)]["pixel_values"] for index in np.linspace(0, len(dataset) - 1, count)]
     images = np.stack([np.asarray(row) for row in rows]) if rows else np.zeros(0)
@@ -128,7 +139,7 @@ def _images_of(dataset: Any, manifest: Manifest) -> np.ndarray:
 
 
 def _needs_reduced_range() -> bool:
-    """Whether products of 8 bits overflow here: on x86 without VNNI, whose sums of two are 16 bits."""
+    """Return whether 8-bit products can overflow: on x86 without VNNI, pairs are summed in 16 bits."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:

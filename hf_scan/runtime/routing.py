@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""One batch through exported stages: who leaves at each exit, and who goes on."""
+"""Run a batch through exported stages, and route its samples at each exit."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, fall_back
 @dataclass
 class Group:
     """
-    Samples on their way through the network together.
+    Samples that go through the network together.
 
     Args:
-        rows (`np.ndarray` of shape `(n,)`): Which samples they are.
-        state (`list[np.ndarray]`): What the last stage returned for them.
-        seen (`list[np.ndarray]`): Logits of the heads that ran, as far as they are still needed.
-        exits (`list[int]`): Of which exits these are.
+        rows (`np.ndarray` of shape `(n,)`): Positions of the samples in the batch or stream.
+        state (`list[np.ndarray]`): Their state after the last stage that ran.
+        seen (`list[np.ndarray]`): Logits of the heads that ran, as far as the rule still needs them.
+        exits (`list[int]`): The exits of these heads.
     """
 
     rows: np.ndarray
@@ -39,7 +39,7 @@ def run_batch(
         engine ([`ORTScanForImageClassification`]): Runs the stages.
         images (`np.ndarray`): The batch.
         settings, plan: The rule.
-        max_time_ms (`float`, *optional*): When those that are left are answered with what has run.
+        max_time_ms (`float`, *optional*): The time after which the remaining samples get the fallback's answer.
     """
     started = now = time.perf_counter()
     count = len(images)
@@ -52,7 +52,7 @@ def run_batch(
         if group is None:
             break
         before, now = now, time.perf_counter()
-        # The next stage is taken to need as long as this one did.
+        # Assumes that the next stage takes as long as this one did.
         if max_time_ms is not None and group.seen and 1000 * (2 * now - before - started) > max_time_ms:
             parts.append(answer_with_fallback(settings, group, engine.num_exits))
             break
@@ -66,7 +66,7 @@ def run_batch(
 def advance(
     engine: Any, settings: ExitSettings, plan: list[Step], index: int, group: Group
 ) -> tuple[list[AdaptiveAnswer], Group | None]:
-    """Run one stage and its head for a group; return the answers of those that leave, and those that go on."""
+    """Run one stage and its head; return the answers of the samples that leave, and the group that goes on."""
     step = plan[index]
     state, logits = engine.run(index, group.state, step.runs)
     if not step.runs:
@@ -94,21 +94,21 @@ def advance(
 
 
 def answer_with_fallback(settings: ExitSettings, group: Group, num_exits: int) -> AdaptiveAnswer:
-    """Answer those that would go on with the fallback."""
+    """Answer all samples of a group with the fallback."""
     logits, exit_index, confidence = fall_back(settings, group.seen, group.exits, num_exits)
     check_finite(confidence)
     return AdaptiveAnswer(logits, exit_index, confidence, group.rows)
 
 
 def select(group: Group, rows: Any) -> Group:
-    """Return some samples of a group, by their positions in it."""
+    """Return a group of some samples, by their positions in this one."""
     count = len(group.rows)
     state = [value[rows] if len(value) == count else _windows(value, rows, count) for value in group.state]
     return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
 
 
 def _windows(value: np.ndarray, rows: Any, count: int) -> np.ndarray:
-    """Several rows for each image, one image after the other."""
+    """Select images from a value with several rows per image."""
     per_image = value.reshape(count, -1, *value.shape[1:])[rows]
     return per_image.reshape(-1, *value.shape[1:])
 

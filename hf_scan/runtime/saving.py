@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Write an exported network elsewhere or to the Hub, with the exit configuration that it has now."""
+"""Save an exported network with its exit configuration, to a folder or the Hub."""
 
 import shutil
 import tempfile
@@ -20,9 +20,9 @@ def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path
 
     Args:
         folder (`Path`): The export.
-        manifest ([`Manifest`]): Of the export.
-        exit_config: What `exit_config.json` gets, and `adaptive.onnx` if it holds another rule.
-        target (`Path`): Where to.
+        manifest ([`Manifest`]): The manifest of the export.
+        exit_config: Written to `exit_config.json`, and to `adaptive.onnx` if that holds another rule.
+        target (`Path`): The folder to write to.
 
     Raises:
         `ValueError`: if `target` is a file.
@@ -49,7 +49,7 @@ def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path
 
 
 def _nest_again(settings: ExitSettings, manifest: Manifest, folder: Path) -> None:
-    """Make `adaptive.onnx` for another rule, or remove it where the package onnx is not installed."""
+    """Write `adaptive.onnx` for another rule, or remove it where the package onnx is not installed."""
     manifest = replace(manifest, adaptive=None)
     (folder / "adaptive.onnx").unlink(missing_ok=True)
     if find_spec("onnx") is not None:
@@ -69,7 +69,7 @@ def _nest_again(settings: ExitSettings, manifest: Manifest, folder: Path) -> Non
 
 def upload_export(folder: Path, repo_id: str, **kwargs: Any) -> Any:
     """
-    Upload an export in one commit, which removes graphs of an earlier one.
+    Upload an export in one commit, which also removes the graphs of an earlier export.
 
     Args:
         folder (`Path`): The export.

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Sessions of ONNX Runtime for the graphs of an exported network, each opened when it is first needed."""
+"""ONNX Runtime sessions for the graphs of an exported network, opened on first use."""
 
 import threading
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from .manifest import ONNX_FOLDER, WEIGHTS_NAME, Manifest, check_weights_beside
 
 class Sessions:
     """
-    The sessions of an exported network by the names of their files. Safe to use from several threads.
+    The sessions of an exported network, by file name. Thread-safe.
 
     Args:
-        folder (`Path`): The export, whose graphs lie in `onnx/`.
-        manifest ([`Manifest`]): Of the export; its files have been checked.
+        folder (`Path`): The export.
+        manifest ([`Manifest`]): The manifest of the export, whose files have been checked.
         providers (`list[tuple[str, dict]]`): Execution providers with their options, in order of preference.
-        options (`onnxruntime.SessionOptions`, *optional*): Of every session.
+        options (`onnxruntime.SessionOptions`, *optional*): Options of every session.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sessions:
                 self[name]
 
     def forget(self, name: str) -> None:
-        """Open a session anew when it is next needed, because its file has changed."""
+        """Close a session whose file has changed, so that it is opened again on its next use."""
         self._opened.pop(name, None)
 
     def _open(self, name: str) -> Any:
@@ -72,7 +72,7 @@ class Sessions:
                 providers=[one for one, _ in self.providers],
                 provider_options=[settings for _, settings in self.providers],
             )
-        except Exception as error:  # of ONNX Runtime, which has many kinds
+        except Exception as error:  # ONNX Runtime raises many types
             reason = str(error).strip().splitlines()[0][:300]
             raise OSError(
                 f"ONNX Runtime does not load {self.folder / name} ({reason}). Weights must lie in {WEIGHTS_NAME!r} "
@@ -85,13 +85,15 @@ _SHARED_POOL = False
 
 def share_thread_pool(threads: int) -> None:
     """
-    Have all engines that are loaded from now on share one pool of threads, rather than each session of theirs keep its
-    own. ONNX Runtime has one such pool for a process, and once there is one, *every* session of the process must set
-    `SessionOptions.use_per_session_threads = False`, as engines do, in the options they are given too; so this is for
-    programs that know all of theirs, and comes before the first session.
+    Make all engines that are loaded from now on share one thread pool, in place of one pool per session. Call it
+    before the first session of the process: from then on *every* session, including those of other code, must set
+    `SessionOptions.use_per_session_threads = False`. Engines set it themselves.
 
     Args:
-        threads (`int`): How many.
+        threads (`int`): The number of threads.
+
+    Raises:
+        `RuntimeError`: if this version of ONNX Runtime has no shared thread pool.
     """
     global _SHARED_POOL
     if not hasattr(onnxruntime, "set_global_thread_pool_sizes"):

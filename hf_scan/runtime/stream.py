@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""A stream through exported stages: samples that stay wait until they fill a batch again."""
+"""Run a stream through exported stages. Samples that stay are collected until they fill a batch again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,14 +19,14 @@ def run_stream(
     arrived: list[int] | None,
 ) -> Iterator[AdaptiveAnswer]:
     """
-    Yield answers as they are ready. An error of the source is raised when all that came before it is answered.
+    Yield answers as they are ready. An error of the source is raised after all images before it are answered.
 
     Args:
         engine ([`ORTScanForImageClassification`]): Runs the stages.
         settings, plan: The rule.
         source (`Iterable`): Positions and images of each batch.
-        batch_size (`int`): Samples with which a stage is run.
-        arrived (`list[int]`, *optional*): Gets the positions in their order.
+        batch_size (`int`): Samples at a time.
+        arrived (`list[int]`, *optional*): The positions are appended to it in order of arrival.
     """
     queues: list[list[Group]] = [[] for _ in plan]
 
@@ -40,7 +40,7 @@ def run_stream(
         yield from gone
 
     def run_full() -> Iterator[AdaptiveAnswer]:
-        # From the deepest on, so that room is made before anything is put there.
+        # The deepest first, so that queues stay short.
         while full := [index for index in range(len(plan)) if waiting(index) >= batch_size]:
             yield from run_one(full[-1])
 
@@ -67,7 +67,7 @@ def run_stream(
 
 
 def _taken(queue: list[Group], batch_size: int) -> Group:
-    """At most a batch from a queue, as one group."""
+    """Take at most a batch from a queue, as one group."""
     taken, count = [], 0
     while queue and count < batch_size:
         group = queue.pop(0)
@@ -90,7 +90,7 @@ def _taken(queue: list[Group], batch_size: int) -> Group:
 def numbered(
     batches: Any, images_of: Callable[[Any], np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield images with their positions, from one array, batches of any size, or a dataset with `pixel_values`."""
+    """Yield positions and images from an array, an iterable of batches of any size, or a dataset of `pixel_values`."""
     if hasattr(batches, "dtype"):  # an array; a `datasets.Dataset` has a shape too
         batches = [batches]
     if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (list, tuple)):
@@ -112,7 +112,7 @@ def _batched(dataset: Any, batch_size: int) -> Iterator[Any]:
 
 
 def in_order(answers: Iterable[AdaptiveAnswer], arrived: list[int]) -> Iterator[AdaptiveAnswer]:
-    """Yield answers held back until those of earlier images are there."""
+    """Yield answers in order of arrival, holding each back until all earlier ones are there."""
     waiting: dict[int, tuple[AdaptiveAnswer, int]] = {}
     position = 0
     for answer in answers:

@@ -6,17 +6,19 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
 
 from hf_scan import ExitConfig, measure_costs
-from hf_scan.runtime import ExitSettings, ORTScanForImageClassification, compare, quantize
+from hf_scan.runtime import ExitSettings, ORTScanForImageClassification, compare, graphs, quantize
 from hf_scan.runtime.manifest import Manifest
 
 from ..conftest import random_scan_model
@@ -61,6 +63,25 @@ def test_preprocessing_is_part_of_the_first_stage(with_preprocessing, model, pix
 def test_quantised_with_weights_in_a_file_of_their_own(with_preprocessing, pixels):
     int8 = ORTScanForImageClassification.from_pretrained(with_preprocessing, subfolder="int8")
     np.testing.assert_allclose(int8.plain(pixels), int8(pixels).logits, rtol=1e-4, atol=1e-3)
+
+
+def test_int8_of_a_network_that_reads_the_batch_size_in_a_later_stage(tmp_path):
+    """It is read from the images, which INT8 rounds first, and a later stage does not get them."""
+    model = random_scan_model(backbone="test_convnext", image_size=64)
+    pixels = torch.randn(16, 3, 64, 64)
+    model.export_onnx(tmp_path / "exported", calibration_dataset=pixels)
+    int8 = ORTScanForImageClassification.from_pretrained(tmp_path / "exported", subfolder="int8")
+    assert int8(pixels[:3]).logits.shape == (3, 5)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (4, 7), (3, 5), (7, 20), (49, 97)])
+def test_scales_give_the_sizes_back(sizes):
+    """ONNX gives the size of a `Resize` as floor(size * scale), which rounding would make one too small."""
+    before, after = sizes
+    scale = graphs._scale(before, after)
+    assert scale.dtype == np.float32
+    assert np.floor(np.float32(before) * scale) == after
+    assert scale == pytest.approx(after / before, rel=2e-7)
 
 
 def test_rows_of_a_dataset_are_images(engine, images):
@@ -221,3 +242,19 @@ def test_an_engine_keeps_what_its_weights_were_trained_on(engine, tmp_path):
     for given in (None, ExitConfig(), ExitSettings(thresholds=[0.5, 0.5])):
         loaded = ORTScanForImageClassification.from_pretrained(tmp_path, exit_config=given)
         assert loaded.exit_config.trained_on == "1: ab"
+
+
+def test_enlargements_stay_in_the_layout_of_convolutions(exported, tmp_path):
+    """Bilinear ones too: their scales are numbers, so that ONNX Runtime needs neither `Resize` nor a batch size."""
+    for index in range(2):
+        graph = onnx.load(exported / "onnx" / f"stage_{index}.onnx", load_external_data=False)
+        (resize,) = (node for node in graph.graph.node if node.op_type == "Resize")
+        assert len(resize.input) == 3
+        options = onnxruntime.SessionOptions()
+        optimised = tmp_path / "optimised.onnx"
+        options.optimized_model_filepath = str(optimised)
+        onnxruntime.InferenceSession(exported / "onnx" / f"stage_{index}.onnx", options)
+        found = Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node)
+        assert "Shape" not in found
+        if found["ReorderOutput"]:  # on processors for which there is such a layout
+            assert (found["Upsample"], found["Resize"]) == (1, 0)
