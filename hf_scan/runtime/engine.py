@@ -217,10 +217,6 @@ class ORTScanForImageClassification:
             raise ValueError("An exported network is not trained. Train the checkpoint and export it again.")
         return self
 
-    def has_training_modules(self) -> bool:
-        """Return `False`."""
-        return False
-
     def can_generate(self) -> bool:
         """Return `False`."""
         return False

@@ -258,3 +258,11 @@ def test_enlargements_stay_in_the_layout_of_convolutions(exported, tmp_path):
         assert "Shape" not in found
         if found["ReorderOutput"]:  # on processors for which there is such a layout
             assert (found["Upsample"], found["Resize"]) == (1, 0)
+
+
+def test_one_file_refuses_a_criterion_that_it_cannot_hold(exported):
+    manifest = Manifest.load(exported / "onnx")
+    stages = [onnx.load(exported / "onnx" / f"stage_{index}.onnx", load_external_data=False) for index in range(3)]
+    states = [[value["name"] for value in values] for values in manifest.states]
+    with pytest.raises(ValueError, match="`criterion` is 'luck'"):
+        graphs.nest(stages, states, {**manifest.adaptive, "criterion": "luck"})
