@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,9 +96,9 @@ class Contender:
 # Engines: the same export in each runtime, and PyTorch.
 
 
-def available_engines(folder: Path) -> Iterator[tuple[str, str, str]]:
+def available_engines(folder: Path, openvino: bool) -> Iterator[tuple[str, str, str]]:
     """Yield the name, runtime and subfolder of every engine that an export can be run by here."""
-    for runtime in (ORT, *([OPENVINO] if find_spec("openvino") is not None else [])):
+    for runtime in (ORT, *([OPENVINO] if openvino and find_spec("openvino") is not None else [])):
         for precision, subfolder in PRECISIONS.items():
             if (folder / subfolder / "onnx").is_dir():
                 yield f"{runtime}, {precision}", runtime, subfolder
@@ -240,7 +240,8 @@ def pytorch_contenders(
     if tables is None:
         return found, {}
     path = arguments.work / f"points_{arguments.threads}.json"
-    points = find_points(fast, tables["search"], arguments.drops, path, arguments.threads)
+    search = replace(tables["search"], model=fast.fingerprint())
+    points = find_points(fast, search, arguments.drops, path, arguments.threads)
 
     def call_of(policy: ExitConfig, _: str) -> Callable[[Any], Any]:
         return partial(answer, partial(fast.predict_adaptive, exit_config=policy))
@@ -366,7 +367,7 @@ def main(arguments: argparse.Namespace) -> None:
         "engines": {},
     }
     contenders: list[Contender] = []
-    for name, runtime, subfolder in available_engines(work / "export"):
+    for name, runtime, subfolder in available_engines(work / "export", arguments.openvino):
         found, network["engines"][name] = exported_contenders(name, runtime, subfolder, splits, arguments)
         contenders += found
     if arguments.stop_before == "thresholds":
@@ -445,6 +446,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
     parser.add_argument("--stop_before", choices=STEPS, help="leave the rest to a later call")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave PyTorch out")
+    parser.add_argument("--no-openvino", dest="openvino", action="store_false", help="leave OpenVINO out")
     parser.add_argument("--table", action="store_true", help="print the results as tables")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/deploy.json"), help="file to write")
     given = parser.parse_args()
