@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Check and rename columns, and split datasets."""
 
+from typing import Any
+
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 
 
@@ -17,6 +19,22 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
         `ValueError`: if a column is missing or of another kind, rows have no label, the first split holds fewer than
             two classes, or splits differ in their classes.
     """
+    _check_columns(dataset, image_column, label_column)
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
+    labels = {split: rows.unique("labels") for split, rows in dataset.items()}
+    _check_labels(dataset, labels, label_column)
+    if isinstance(next(iter(dataset.values())).features["labels"], ClassLabel):
+        return dataset
+    classes = sorted({label for found in labels.values() for label in found})  # numbers as numbers
+    index = {label: position for position, label in enumerate(classes)}
+    return dataset.map(lambda row: {"labels": index[row["labels"]]}).cast_column(
+        "labels", ClassLabel(names=[str(label) for label in classes])
+    )
+
+
+def _check_columns(dataset: DatasetDict, image_column: str, label_column: str) -> None:
+    """Check that every split has images and labels in two columns of these names."""
     if image_column == label_column:
         raise ValueError(f"`image_column` and `label_column` are both {image_column!r}; expected two columns.")
     for split, rows in dataset.items():
@@ -39,37 +57,37 @@ def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) 
                 f"Column {label_column!r} of the {split!r} split holds {feature}; expected classes, as whole numbers "
                 "or strings. Name the right one with `--label_column`."
             )
-    dataset = dataset.select_columns([image_column, label_column])
-    dataset = dataset.rename_columns({image_column: "image", label_column: "labels"})
-    first = next(iter(dataset.values()))
-    values = {split: rows.unique("labels") for split, rows in dataset.items()}
-    for split, found in values.items():
-        named = isinstance(dataset[split].features["labels"], ClassLabel)
+
+
+def _check_labels(dataset: DatasetDict, labels: dict[str, list[Any]], label_column: str) -> None:
+    """
+    Check that every row has a label, that all splits name the same classes, and that there are two or more.
+
+    Args:
+        dataset (`datasets.DatasetDict`): With the column `labels`.
+        labels (`dict[str, list[Any]]`): The labels that occur in each split, each once.
+        label_column (`str`): The name that the column had, for messages.
+    """
+    first = next(iter(dataset.values())).features["labels"]
+    for split, found in labels.items():
+        feature = dataset[split].features["labels"]
+        named = isinstance(feature, ClassLabel)
         if None in found or (named and -1 in found):
             raise ValueError(
                 f"Column {label_column!r} of the {split!r} split has rows without a label (None, or -1 where classes "
                 "have names). Remove them."
             )
-        if (named or isinstance(first.features["labels"], ClassLabel)) and (
-            dataset[split].features["labels"] != first.features["labels"]
-        ):
+        if (named or isinstance(first, ClassLabel)) and feature != first:
             raise ValueError(
-                f"Column {label_column!r} holds {first.features['labels']} in one split and "
-                f"{dataset[split].features['labels']} in {split!r}; expected the same classes, in the same order."
+                f"Column {label_column!r} holds {first} in one split and {feature} in {split!r}; expected the same "
+                "classes, in the same order."
             )
-    seen = next(iter(values.values()))
+    seen = next(iter(labels.values()))
     if len(seen) < 2:
         raise ValueError(
             f"Column {label_column!r} holds {len(seen)} class, {seen}; a classifier needs at least two. Name the "
             "right column with `--label_column`."
         )
-    if not isinstance(first.features["labels"], ClassLabel):
-        classes = sorted({label for found in values.values() for label in found})  # numbers as numbers
-        index = {label: position for position, label in enumerate(classes)}
-        dataset = dataset.map(lambda row: {"labels": index[row["labels"]]}).cast_column(
-            "labels", ClassLabel(names=[str(label) for label in classes])
-        )
-    return dataset
 
 
 def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

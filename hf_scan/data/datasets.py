@@ -57,11 +57,8 @@ class ImagesInMemory(TorchDataset):
         pixels: Sequence[int] | None = None,
         num_epochs: int = 1,
     ) -> None:
-        if crop not in ("pad", "none"):
-            raise ValueError(f"`crop` is {crop!r}; images in memory are cropped as 'pad' or 'none'.")
-        if isinstance(flip, str) and flip != "alternating":
-            raise ValueError(f"`flip` is {flip!r}; expected true, false or 'alternating'.")
         size = _size(processor)
+        _check_augmentation(crop, flip, pixels, size)
         decode = v2.Compose([v2.Lambda(eight_bits), v2.RGB(), *_resize(processor, crop), v2.PILToTensor()])
         images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         for index, row in enumerate(tqdm(rows, desc="decoding images", leave=False)):
@@ -72,8 +69,6 @@ class ImagesInMemory(TorchDataset):
                     f"{size}. Use `train_transform`."
                 )
             images[index] = image
-        if any(not 0 < number <= size for number in pixels or []):
-            raise ValueError(f"`pixels` is {list(pixels or [])}; expected numbers of 1 to the images' own {size}.")
         self.rows = rows
         self.images = images.to(device)
         self.labels = list(rows["labels"])
@@ -119,6 +114,16 @@ class ImagesInMemory(TorchDataset):
         if self.erase is not None:
             images = torch.stack([self.erase(image) for image in images])
         return [{"pixel_values": image, "labels": self.labels[index]} for image, index in zip(images, indices)]
+
+
+def _check_augmentation(crop: str, flip: bool | str, pixels: Sequence[int] | None, size: int) -> None:
+    """Check arguments of [`ImagesInMemory`], before images are decoded."""
+    if crop not in ("pad", "none"):
+        raise ValueError(f"`crop` is {crop!r}; images in memory are cropped as 'pad' or 'none'.")
+    if isinstance(flip, str) and flip != "alternating":
+        raise ValueError(f"`flip` is {flip!r}; expected true, false or 'alternating'.")
+    if any(not 0 < number <= size for number in pixels or []):
+        raise ValueError(f"`pixels` is {list(pixels or [])}; expected numbers of 1 to the images' own {size}.")
 
 
 class DecodedRows(list[dict[str, Any]]):
