@@ -21,7 +21,7 @@ from transformers import default_data_collator
 from ..data.digests import sample_digests, tensor_digests
 from ..model.evaluation_mode import evaluating
 from ..model.exit_config import ExitConfig
-from ..model.exit_rule import exit_columns, label_set_ids
+from ..model.exit_rule import AdaptiveOutput, answers_of, apply_exit_rule, exit_columns, label_set_ids
 from ..model.problem_type import MULTI_LABEL
 
 
@@ -88,6 +88,28 @@ class ExitTable:
         exit_logits = torch.from_numpy(self.logits).unbind(dim=1)
         predictions, confidences = exit_columns(exit_logits, exit_config)
         return confidences.numpy(), predictions.numpy()
+
+    @property
+    def baseline_accuracy(self) -> float:
+        """Return the deepest exit's accuracy, in [0, 1]."""
+        return float((self.deepest == self.labels).mean())
+
+    def answers(self, exit_config: ExitConfig) -> AdaptiveOutput:
+        """Return the answers by the exit rule, one a sample."""
+        return apply_exit_rule(torch.from_numpy(self.logits).unbind(dim=1), exit_config)
+
+    def predictions(self, exit_config: ExitConfig) -> np.ndarray:
+        """Return the classes that are answered by the exit rule, `(n,)`."""
+        return answers_of(self.answers(exit_config).logits, exit_config).numpy()
+
+    def exit_indices(self, exit_config: ExitConfig) -> np.ndarray:
+        """Return the exit of each sample, `(n,)`; `num_exits` for one that the fallback answers, with any exit."""
+        return self.answers(exit_config.replace(fallback="ensemble")).exit_index.numpy()
+
+    def exit_shares(self, exit_config: ExitConfig) -> list[float]:
+        """Return the share of samples that leave at each exit and, last, of those that leave at none."""
+        counts = np.bincount(self.exit_indices(exit_config), minlength=self.num_exits + 1)
+        return (counts / len(self)).tolist()
 
     def select(self, rows: np.ndarray, split: str | None = None) -> "ExitTable":
         """Some of the samples, by index or by a mask, as a split of another name."""

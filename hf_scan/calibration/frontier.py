@@ -44,6 +44,11 @@ class Frontier:
         return cls(accuracy, cost, thresholds).select(undominated(accuracy, cost))
 
 
+def as_thresholds(policy: np.ndarray) -> list[float | None]:
+    """Return a row of a frontier's thresholds as an [`ExitConfig`] holds them: `None` for an exit that is off."""
+    return [None if np.isnan(threshold) else float(threshold) for threshold in policy]
+
+
 def exact_frontier(
     confidences: np.ndarray,
     correct: np.ndarray,

@@ -13,8 +13,11 @@ from .genetic import genetic_search
 from .splits import check_not_among
 
 
-def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> None:
-    """No split both chooses and certifies, now or the time before."""
+ACCURACY_TARGETS = ("max_accuracy_drop", "min_accuracy")
+
+
+def check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> None:
+    """Check that no split both chooses thresholds and certifies them, now or the time before."""
     certified_on = (config.guarantee or {}).get("fingerprint")
     if tables[0].fingerprint == certified_on:
         raise ValueError(
@@ -26,13 +29,15 @@ def _check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> No
         check_not_among(tables[1], config.searched_on, "Thresholds were searched")
 
 
-def _check_target(
+def check_target(
     target: dict[str, float],
     latency: str,
+    batch_size: int,
     guarantee: RiskBound | None,
     certify_dataset: Any,
     search_kwargs: dict[str, Any],
 ) -> None:
+    """Check what [`calibrate`] is asked for, before any image is looked at; its arguments go by the same names."""
     if guarantee is not None:
         check_bound(guarantee)
     for name, value in target.items():
@@ -52,6 +57,8 @@ def _check_target(
         )
     if latency not in ("mean", "p95"):
         raise ValueError(f"`latency` is {latency!r}; expected 'mean' or 'p95'.")
+    if latency == "p95" and batch_size != 1:
+        raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
     for name, value in target.items():
         if name == "min_accuracy" and not 0 < value <= 1:
             raise ValueError(f"`min_accuracy` is {value}; expected a share in (0, 1], such as 0.95.")
@@ -61,7 +68,4 @@ def _check_target(
             raise ValueError(f"`{name}` is {value}; expected a number above 0.")
 
 
-ACCURACY_TARGETS = ("max_accuracy_drop", "min_accuracy")
-
-
-__all__ = ["ACCURACY_TARGETS"]
+__all__ = ["ACCURACY_TARGETS", "check_roles", "check_target"]
