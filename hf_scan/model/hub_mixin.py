@@ -1,7 +1,6 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Load, save and push a network with its exit configuration: [`HubMixin`]."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, is_peft_available, logging
@@ -20,6 +19,7 @@ from .backbone import create_backbone
 from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
 from .hub_files import check_regular_files, checked_downloads, find_file, named_push_errors, resolve_revision
 from .image_processing_scan import create_image_processor
+from .minimal_card import minimal_card
 from .problem_type import for_problem
 from .provenance import join_trained_on, unknown_images
 from .staged_folder import settled_state, staged
@@ -29,6 +29,7 @@ from .weight_files import (
     DamagedWeightsError,
     being_loaded,
     check_fits,
+    check_shards,
     find_weight_files,
     folder_state,
 )
@@ -49,25 +50,6 @@ OBSOLETE = [
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 ]
-
-
-MINIMAL_CARD = """---
-{metadata}
----
-
-# {name}
-
-An image classifier with early exits: a `{backbone}` of timm that answers easy images before its last layer.
-{thresholds}
-
-```python
-import hf_scan  # registers the model with Transformers
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{name}")
-answer = {call}  # `image` as the model's image processor prepares it
-```
-"""
 
 
 class HubMixin(PreTrainedModel):
@@ -176,7 +158,7 @@ class HubMixin(PreTrainedModel):
             key: kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in kwargs
         }
         if name is not None:
-            _check_shards(name, kwargs.get("subfolder") or "")
+            check_shards(name, kwargs.get("subfolder") or "")
             kwargs["revision"] = resolve_revision(name, kwargs.get("revision"), **access)
             _check_no_adapter(name, kwargs, access)
         weights = _weights_to_load(name, kwargs, access)
@@ -356,7 +338,7 @@ class HubMixin(PreTrainedModel):
                 revision = given.get("revision")
                 if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
-                card = self._card_of(repo_id, tags, token["token"]) if not subfolder else None
+                card = None if subfolder else minimal_card(self, repo_id, tags, token["token"])
                 if card is not None:
                     card.save(Path(folder, "README.md"))
                 given.setdefault("commit_message", "Upload model")
@@ -364,30 +346,6 @@ class HubMixin(PreTrainedModel):
                 # theirs.
                 given |= {"folder_path": folder, "path_in_repo": subfolder or None, "delete_patterns": OBSOLETE}
                 return api.upload_folder(repo_id=repo_id, **given)
-
-    def _card_of(self, repo_id: str, tags: list[str], token: Any) -> Any:
-        """Return a card for a repository that has none, its own with tags added, or None to leave it as it is."""
-        try:
-            card = ModelCard.load(repo_id, token=token)
-        except LocalEntryNotFoundError:
-            return None
-        except EntryNotFoundError:
-            data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
-            return ModelCard(MINIMAL_CARD.format(metadata=data.to_yaml(), name=repo_id, **self._card_facts()))
-        except Exception as error:  # of the client, whose kinds differ between its versions
-            logger.warning(f"The card of {repo_id} cannot be read ({error}), and is left as it is.")
-            return None
-        known = card.data.tags or []
-        card.data.tags = list(dict.fromkeys([*known, *tags]))
-        return card if card.data.tags != known else None
-
-    def _card_facts(self) -> dict[str, str]:
-        """Return what the minimal card says of the network."""
-        if self.exit_config.thresholds is None:
-            text, call = "It has no thresholds yet: all images run to the end.", "model(image[None]).logits"
-        else:
-            text, call = "Its thresholds are in `exit_config.json`.", "model.predict_adaptive(image[None]).logits"
-        return {"backbone": self.config.backbone, "thresholds": text, "call": call}
 
     @contextmanager
     def _with_code(self, included: bool) -> Iterator[None]:
@@ -500,21 +458,6 @@ def _of_these_weights(exit_config: ExitConfig, model: Any, weights: CheckpointWe
         # The same weights in another type, which are saved under their own fingerprint.
         return exit_config.replace(weights=model.fingerprint())
     return exit_config
-
-
-def _check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
-    """Refuse an index of weights that names files outside its folder. On the Hub there are none."""
-    for index in Path(path, subfolder).glob("*.index*.json"):  # of any variant
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
-        elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
-        if elsewhere:
-            raise ValueError(
-                f"{index} names {elsewhere[0]!r}, which is not a file beside it; shards must be in the same folder as "
-                "the index. Correct it, or save the model again."
-            )
 
 
 __all__ = ["HubMixin"]

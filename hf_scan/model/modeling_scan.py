@@ -1,7 +1,6 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The network: a timm backbone with early exits, as a model of Transformers."""
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,23 +12,22 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .adaptive import prepare_images
 from .adaptive_stream import AdaptiveStreamMixin
-from .backbone import check_image_size, create_backbone, timm_preprocessing
+from .backbone import create_backbone, timm_preprocessing
 from .compiled_stages import CompiledStages
 from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
 from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
-from .stages import Stage, StageState, cut_into_stages, keep_parts
+from .input_checks import InputChecksMixin
+from .stages import Stage, StageState, cut_into_stages
 from .timm_conversion import TimmConversionMixin
 from .training_watch import watch_training
+from .truncation import TruncationMixin
 from .weight_files import fingerprint_of
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -84,7 +82,9 @@ class StageLayer(GradientCheckpointingLayer):
         return stage.forward(backbone, *values)
 
 
-class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMixin, PreTrainedModel):
+class ScanForImageClassification(
+    HubMixin, TimmConversionMixin, TruncationMixin, InputChecksMixin, AdaptiveStreamMixin, PreTrainedModel
+):
     """
     A timm image classifier with early exits: Zhang et al., "SCAN: A Scalable Neural Networks Framework Towards
     Compact and Efficient Models", NeurIPS 2019.
@@ -192,61 +192,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             total += weights * (stages[-1].reduction / stage.reduction) ** 2
         return total
 
-    def truncate_in_place(self, stages: list[Stage]) -> list[Stage]:
-        """Remove what the first stage does not use from the backbone, and return that stage alone."""
-        if len(stages) != 2:
-            raise ValueError(
-                f"A truncated network ends at its one exit point; `exit_points` is {self.config.exit_points}. Give "
-                "one of them."
-            )
-        keep_parts(self.backbone, stages[0].parts)
-        return stages[:1]
-
-    def truncate(self, exit: int) -> "ScanForImageClassification":
-        """
-        Return a small static network that answers as one of the early exits does, to the bit (the paper's model
-        compression). It holds the stages up to there and that exit's head, and is saved, pushed and loaded like any
-        other.
-
-        Args:
-            exit (`int`): Which early exit, from 0.
-
-        Returns:
-            [`ScanForImageClassification`]: a copy, in the same mode, with one exit.
-
-        Raises:
-            `ValueError`: if there is no such early exit.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from hf_scan import ScanConfig, ScanForImageClassification
-
-        >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
-        >>> small = model.truncate(exit=0)
-        >>> images = torch.rand(2, 3, 32, 32)
-        >>> torch.equal(small(images).logits, model(images).exit_logits[0])
-        True
-        >>> small.num_parameters() < 0.2 * model.num_parameters()
-        True
-        ```
-        """
-        if self.config.truncated or exit not in range(len(self.exit_heads)):
-            raise ValueError(
-                f"`exit` is {exit!r}; this network can be truncated at {list(range(self.num_exits - 1))}. What "
-                "answers at the deepest exit is `model.backbone`."
-            )
-        small = copy.deepcopy(self)
-        small.config.exit_points = [self.stages[exit].name]
-        small.config.head_width = [self.config.head_width[exit]]  # type: ignore[index]
-        small.config.truncated = True
-        small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
-        small.stage_layers = small.stage_layers[:1]
-        small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
-        small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
-        return small.train(self.training)  # modules that stand for the removed ones start in training mode
-
     @property
     def num_exits(self) -> int:
         """Return the number of exits, the backbone's own classifier included."""
@@ -293,22 +238,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
         if self.all_modules is None:  # to list them takes a hundred times as long as to look at them
             self.all_modules = tuple(self.modules())
         return any(module.training for module in self.all_modules)
-
-    def warn_of_raw_pixels(self, mean: float) -> None:
-        """
-        Warn once if pixels cannot have come from the image processor, as those from 0 to 255.
-
-        Args:
-            mean (`float`): Of all pixels of a batch.
-        """
-        settings = self.config.preprocessing
-        assert settings is not None  # the network filled it in
-        brightest = max((1 - offset) / scale for offset, scale in zip(settings["mean"], settings["std"]))
-        if brightest > 0 and mean > 2 * brightest + 1:
-            logger.warning_once(
-                f"The pixels of a batch are brighter on average than {brightest:.2f}, the most that the model's image "
-                "processor makes. Prepare images with it; pixels from 0 to 255 are not scaled by the network."
-            )
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ScanForImageClassification":
         super()._apply(*args, **kwargs)
@@ -497,91 +426,6 @@ class ScanForImageClassification(HubMixin, TimmConversionMixin, AdaptiveStreamMi
             attentions=tuple(masks) if masks and output_attentions else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    def check_pixel_values(self, pixel_values: torch.Tensor, values: bool = False) -> None:
-        """
-        Raise a `ValueError` unless `pixel_values` is a batch of images that the network takes.
-
-        Args:
-            pixel_values (`torch.Tensor`): What to check.
-            values (`bool`, *optional*, defaults to `False`): Whether to look for NaN and infinite pixels too, which
-                waits for the device.
-        """
-        channels = self.config.num_channels
-        expected = f"expected (batch_size, {channels}, height, width)"
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}; {expected}. Prepare images with the model's "
-                "image processor."
-            )
-        if 0 < min(pixel_values.shape[2:]) < self.stages[-1].reduction:
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, and the backbone makes maps "
-                f"{self.stages[-1].reduction} times smaller than the image; expected a height and width of at least "
-                "that. Prepare images with the model's image processor, or set a larger `image_size`."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` holds {pixel_values.dtype}; expected floating-point numbers as the model's image "
-                "processor makes them."
-            )
-        if not all(pixel_values.shape):
-            raise ValueError(f"`pixel_values` is empty, of shape {tuple(pixel_values.shape)}; {expected}.")
-        check_image_size(self.backbone, *pixel_values.shape[2:])
-        if values:
-            # One pass, and one number to wait for. (Sums beyond float32 count as infinite too; no image has them.)
-            total = pixel_values.sum(dtype=torch.float32).item()
-            if not math.isfinite(total):
-                raise ValueError(
-                    "`pixel_values` holds NaN or infinite values; expected finite ones. Check the images."
-                )
-            self.warn_of_raw_pixels(total / pixel_values.numel())
-
-    def prepare_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """
-        Return labels of shape `(batch_size,)` or `(batch_size, 1)`, of any type of whole numbers, as the loss takes
-        them; with several labels an image, those of shape `(batch_size, num_labels)` and of any type.
-
-        Args:
-            labels (`torch.Tensor`): Class indices, of which -100 is ignored by the loss, as everywhere; or numbers
-                from 0 to 1.
-
-        Raises:
-            `ValueError`: if they are of another shape or type, or, where looking costs no transfer, out of range.
-        """
-        look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.config.problem_type == "multi_label_classification":
-            return self._prepare_label_sets(labels, look)
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            labels = labels.long()
-        if labels.ndim != 1 or labels.dtype != torch.long:
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size,) class "
-                "indices of torch.int64. (For several labels an image, set `problem_type` to "
-                "'multi_label_classification'.)"
-            )
-        if look and labels.numel() and not ((labels == -100) | ((labels >= 0) & (labels < self.num_labels))).all():
-            raise ValueError(
-                f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
-                f"0 to {self.num_labels - 1}. Set `num_labels` to what the data has, or correct the labels."
-            )
-        return labels
-
-    def _prepare_label_sets(self, labels: torch.Tensor, look: bool) -> torch.Tensor:
-        if labels.ndim != 2 or labels.shape[1] != self.num_labels or labels.is_complex():
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)} and holds {labels.dtype}; expected (batch_size, "
-                f"{self.num_labels}) numbers from 0 to 1, as `problem_type` is 'multi_label_classification'."
-            )
-        labels = labels.float()
-        if look and not ((labels >= 0) & (labels <= 1)).all():
-            raise ValueError(
-                f"`labels` holds values from {labels.min():g} to {labels.max():g}; expected 1 for each label that an "
-                "image has and 0 for the others, or numbers between."
-            )
-        return labels
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights and buffers with their names and types. Equal networks have the same."""

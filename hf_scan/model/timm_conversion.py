@@ -66,33 +66,9 @@ class TimmConversionMixin(PreTrainedModel):
         (2, 'tench, Tinca tinca')
         ```
         """
-        if isinstance(model, str):
-            given = {"num_classes": num_labels, "in_chans": kwargs.get("num_channels")}
-            given = {name: value for name, value in given.items() if value is not None}
-            given |= kwargs.get("backbone_kwargs") or {}
-            given = {**size_argument(model, kwargs.get("image_size")), **given}
-            try:
-                source = create_timm_model(model, pretrained, **given)
-            except ValueError:
-                source = _create_for_small_images(model, **given) if pretrained else None
-                if source is None:
-                    raise
-        else:
-            source = _unwrapped(model)
-            if pretrained:
-                raise ValueError("`pretrained` is for a model that is given by name; this one is given with weights.")
-        if not hasattr(source, "forward_head") and hasattr(source, "feature_info"):
-            raise ValueError(
-                f"`model` is a {type(source).__name__}, which returns features and has no classifier; expected one "
-                "that `timm.create_model` made without `features_only=True`."
-            )
-        cfg = getattr(source, "pretrained_cfg", None)
-        if not isinstance(cfg, dict) or "architecture" not in cfg:
-            raise ValueError(
-                f"`model` is a {type(source).__name__} without timm's `pretrained_cfg`; expected a model that "
-                "`timm.create_model` made, or the name of one."
-            )
-
+        source = _create_source(model, pretrained, num_labels, kwargs) if isinstance(model, str) else _unwrapped(model)
+        _check_source(model, source, pretrained)
+        cfg = source.pretrained_cfg
         own_labels = num_labels is None or num_labels == source.num_classes
         if "id2label" not in kwargs:
             names = _label_names(cfg, source.num_classes) if own_labels else None
@@ -109,29 +85,76 @@ class TimmConversionMixin(PreTrainedModel):
         )
         example = next(source.parameters())
         scan = cls(config).to(device=example.device, dtype=example.dtype)
-        weights = source.state_dict()
-        if not own_labels:
-            classifiers = cfg["classifier"] if isinstance(cfg["classifier"], (tuple, list)) else [cfg["classifier"]]
-            fresh = {
-                name: value
-                for name, value in scan.backbone.state_dict().items()
-                if name.startswith(tuple(f"{classifier}." for classifier in classifiers))
-            }
-            weights |= fresh
-        try:
-            scan.backbone.load_state_dict(weights)
-            if own_labels and not _answer_alike(scan.backbone, source, config):
-                raise RuntimeError("the weights fit, and the answers differ")
-        except RuntimeError as error:
-            raise ValueError(
-                f"The model is not what timm makes of {config.backbone!r} with {config.backbone_kwargs}, "
-                f"{config.num_channels} channels and images of {config.image_size} pixels: {error}. Give the "
-                "`backbone_kwargs`, `num_channels` and `image_size` that it was made with."
-            ) from error
+        _load_source(scan, source, own_labels)
         if trained_on is not None or pretrained or not isinstance(model, str):
             trained_on = trained_on or unknown_images(f"weights of {config.backbone}")
             scan.exit_config = scan.exit_config.replace(trained_on=trained_on)
         return scan
+
+
+def _create_source(name: str, pretrained: bool, num_labels: int | None, settings: dict[str, Any]) -> Any:
+    """Create the model of a name with the arguments of a [`ScanConfig`], which are those of timm under other names."""
+    given = {"num_classes": num_labels, "in_chans": settings.get("num_channels")}
+    given = {key: value for key, value in given.items() if value is not None}
+    given |= settings.get("backbone_kwargs") or {}
+    given = {**size_argument(name, settings.get("image_size")), **given}
+    try:
+        return create_timm_model(name, pretrained, **given)
+    except ValueError:
+        source = _create_for_small_images(name, **given) if pretrained else None
+        if source is None:
+            raise
+        return source
+
+
+def _check_source(model: Any, source: Any, pretrained: bool) -> None:
+    """Check that a model, which was given or created for its name, is a classifier of timm."""
+    if pretrained and not isinstance(model, str):
+        raise ValueError("`pretrained` is for a model that is given by name; this one is given with weights.")
+    if not hasattr(source, "forward_head") and hasattr(source, "feature_info"):
+        raise ValueError(
+            f"`model` is a {type(source).__name__}, which returns features and has no classifier; expected one "
+            "that `timm.create_model` made without `features_only=True`."
+        )
+    cfg = getattr(source, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or "architecture" not in cfg:
+        raise ValueError(
+            f"`model` is a {type(source).__name__} without timm's `pretrained_cfg`; expected a model that "
+            "`timm.create_model` made, or the name of one."
+        )
+
+
+def _load_source(scan: Any, source: nn.Module, own_labels: bool) -> None:
+    """
+    Copy the weights of a model of timm into the backbone.
+
+    Args:
+        scan ([`ScanForImageClassification`]): The network.
+        source (`torch.nn.Module`): The model of timm.
+        own_labels (`bool`): Whether the network has the model's labels. Otherwise its classifier starts anew.
+
+    Raises:
+        `ValueError`: if the backbone is another model.
+    """
+    config, weights = scan.config, source.state_dict()
+    if not own_labels:
+        names: Any = source.pretrained_cfg["classifier"]  # type: ignore[index]
+        classifiers = names if isinstance(names, (tuple, list)) else [names]
+        weights |= {
+            name: value
+            for name, value in scan.backbone.state_dict().items()
+            if name.startswith(tuple(f"{classifier}." for classifier in classifiers))
+        }
+    try:
+        scan.backbone.load_state_dict(weights)
+        if own_labels and not _answer_alike(scan.backbone, source, config):
+            raise RuntimeError("the weights fit, and the answers differ")
+    except RuntimeError as error:
+        raise ValueError(
+            f"The model is not what timm makes of {config.backbone!r} with {config.backbone_kwargs}, "
+            f"{config.num_channels} channels and images of {config.image_size} pixels: {error}. Give the "
+            "`backbone_kwargs`, `num_channels` and `image_size` that it was made with."
+        ) from error
 
 
 def _unwrapped(model: Any) -> Any:

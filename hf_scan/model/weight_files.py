@@ -131,6 +131,30 @@ def find_weight_files(find: Callable[[str], Path | None], variant: str | None = 
     return [path for shard in shards if (path := find(shard)) is not None]
 
 
+def check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
+    """
+    Check that an index of weights names only files beside it. (A repository on the Hub holds no others.)
+
+    Args:
+        path (`str` or `Path`): A folder. A name on the Hub has no index here.
+        subfolder (`str`): The folder in it that holds the checkpoint.
+
+    Raises:
+        `ValueError`: if an index cannot be read, or names a file elsewhere.
+    """
+    for index in Path(path, subfolder).glob("*.index*.json"):  # of any variant
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
+        elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+        if elsewhere:
+            raise ValueError(
+                f"{index} names {elsewhere[0]!r}, which is not a file beside it; shards must be in the same folder as "
+                "the index. Correct it, or save the model again."
+            )
+
+
 def _with_variant(name: str, variant: str | None) -> str:
     if variant is None:
         return name
@@ -264,6 +288,7 @@ __all__ = [
     "DamagedWeightsError",
     "being_loaded",
     "check_fits",
+    "check_shards",
     "find_weight_files",
     "fingerprint_of",
     "folder_state",
