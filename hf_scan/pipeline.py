@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""`pipeline("image-classification")`, which leaves the network early where it can."""
+"""Classify images with early exits in `pipeline("image-classification")`: [`ScanImageClassificationPipeline`]."""
 
 from typing import Any
 
@@ -11,23 +11,25 @@ from .model.exit_config import ExitConfig
 
 class ScanImageClassificationPipeline(ImageClassificationPipeline):
     """
-    Transformers' own pipeline, which answers by [`~AdaptiveInferenceMixin.predict_adaptive`] where the model has
-    thresholds. `import hf_scan` has `pipeline("image-classification", ...)` use it; for other models nothing changes.
+    A pipeline of Transformers that answers by [`~AdaptiveInferenceMixin.predict_adaptive`] if the model has
+    thresholds. After `import hf_scan`, `pipeline("image-classification", ...)` uses it. Other models are answered as
+    before.
+
+    The arguments can be given to the pipeline or to a call.
 
     Args:
         adaptive (`bool`, *optional*):
-            Whether to leave the network early; `False` answers with the deepest exit. Defaults to whether the model's
-            exit configuration has thresholds. For a call or for all of them.
+            Whether samples exit early. `False` answers with the deepest exit. Defaults to whether the model's exit
+            configuration has thresholds.
         exit_config ([`ExitConfig`], *optional*):
-            Another operating point than `model.exit_config`, as text pipelines take a `generation_config`. For a call
-            or for all of them.
+            An exit configuration to use instead of `model.exit_config`, as text pipelines take a `generation_config`.
         return_exit (`bool`, *optional*, defaults to `False`):
             Whether to add to each label the `exit` that answered, from 0; `num_exits` stands for the ensemble.
-        kwargs: As for [`~transformers.ImageClassificationPipeline`], such as `top_k`.
+        kwargs: Arguments of [`~transformers.ImageClassificationPipeline`], such as `top_k`.
 
     Raises:
-        `ValueError`: if `adaptive`, `exit_config` or `return_exit` is asked of a model without early exits or
-            thresholds, or an `exit_config` of no adaptive answer.
+        `ValueError`: if `adaptive`, `exit_config` or `return_exit` is given for a model without early exits or
+            thresholds, or `exit_config` together with `adaptive=False`.
 
     Example:
 
@@ -67,10 +69,13 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         return preprocess, forward, postprocess
 
     def _forward(self, model_inputs: Any, adaptive: bool | None = None, exit_config: ExitConfig | None = None) -> Any:
-        has_exits = hasattr(self.model, "predict_adaptive")  # of PyTorch, or exported
+        has_exits = hasattr(self.model, "predict_adaptive")  # in PyTorch or exported
         if not has_exits and (adaptive or exit_config is not None):
             asked = "adaptive" if adaptive else "exit_config"
-            raise ValueError(f"`{asked}` is given, and a {type(self.model).__name__} has no early exits.")
+            raise ValueError(
+                f"`{asked}` is given, and a {type(self.model).__name__} has no early exits; expected a "
+                "`ScanForImageClassification`. Leave it out."
+            )
         if adaptive is False and exit_config is not None:
             raise ValueError("An `exit_config` is given and `adaptive` is False; give one of them.")
         if adaptive is None:
@@ -78,8 +83,8 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         if adaptive:
             return self.model.predict_adaptive(model_inputs["pixel_values"], exit_config=exit_config)
         answer = super()._forward(model_inputs)
-        # The pipeline divides a batch into its images, entry by entry, and takes a tuple's elements for images. So the
-        # outputs of all exits are left out.
+        # The pipeline splits each output of a batch by image, and would take the elements of a tuple for images. So
+        # the outputs of the exits, which are tuples, are left out.
         return ModelOutput(logits=answer.logits) if has_exits else answer
 
     def postprocess(self, model_outputs: Any, return_exit: bool = False, **kwargs: Any) -> list[dict[str, Any]]:
@@ -87,7 +92,8 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         if return_exit:
             if "exit_index" not in model_outputs:
                 raise ValueError(
-                    "`return_exit` is for adaptive answers; the model has no thresholds, or is not asked to."
+                    "`return_exit` is given, and the answers are not adaptive; expected a model with thresholds, and "
+                    "`adaptive` not False."
                 )
             for answer in answers:
                 answer["exit"] = int(model_outputs["exit_index"][0])

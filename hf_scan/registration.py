@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Make the network known to the Auto classes and the pipeline of Transformers. Imported with the package."""
+"""Register the network with the Auto classes and the pipeline of Transformers, when the package is imported."""
 
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -11,5 +11,5 @@ from .pipeline import ScanImageClassificationPipeline
 
 AutoConfig.register(ScanConfig.model_type, ScanConfig)
 AutoModelForImageClassification.register(ScanConfig, ScanForImageClassification)
-# Not by `register_pipeline`, which warns of a task that is there already.
+# Not by `register_pipeline`, which warns if the task is known already.
 PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = ScanImageClassificationPipeline

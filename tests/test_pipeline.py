@@ -94,7 +94,7 @@ def test_without_thresholds_the_deepest_exit_answers(folder, pictures, expected,
     assert classify(pictures[0])[0]["label"] == plain.config.id2label[int(logits.argmax())]
     with pytest.raises(ValueError, match="There are no thresholds"):
         classify(pictures[0], adaptive=True)
-    with pytest.raises(ValueError, match="`return_exit` is for adaptive answers"):
+    with pytest.raises(ValueError, match="`return_exit` is given, and the answers are not adaptive"):
         classify(pictures[0], return_exit=True)
 
 

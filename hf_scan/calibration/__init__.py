@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Thresholds from cached scores."""
+"""Find thresholds from cached scores, certify them, and watch for drift."""
 
 from ..model.exit_rule import answering_column
 from .calibrate import calibrate, certify_thresholds

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What of the reference a confidence counts in: twentieths of [0, 1].
+# Bins of equal width over [0, 1] in which the reference counts confidences.
 CONFIDENCE_BINS = 20
 
 
@@ -53,52 +53,55 @@ def calibrate(
     **search_kwargs: Any,
 ) -> ExitConfig:
     """
-    Finds thresholds on a split that neither training nor the final test uses: the cheapest that lose no more than what
-    is allowed, or the most accurate that cost no more. Exits that cost more than they save are switched off.
+    Find thresholds on a held-out split, which neither training nor the final test uses: the cheapest that meet a
+    target for the accuracy, or the most accurate that meet a target for the cost. Exits that cost more than they save
+    are switched off.
 
-    Costs are milliseconds where `model.exit_config.costs` holds what [`~hf_scan.measure_costs`] measured, and MACs
-    otherwise; the result's `search["cost_unit"]` says which. Without a target, the paper's genetic search weighs both.
+    Costs are the milliseconds that [`~hf_scan.measure_costs`] measured where `model.exit_config.costs` holds them, and
+    MACs otherwise; the result's `search["cost_unit"]` says which. Without a target, the paper's genetic search weighs
+    accuracy against cost.
 
-    Thresholds that were chosen as the best of many lose a little more on other images. So a target for the
-    accuracy is for what other images are expected to have, by cross-fitting ([`least_accuracy_to_ask`]), and the split
-    itself has no less; it is still as often missed as exceeded. With a `guarantee`, it is seldom missed.
+    Thresholds tuned on one split are optimistic. A target for the accuracy is therefore one for the expected accuracy
+    on other images, by cross-fitting ([`least_accuracy_to_ask`]), and the accuracy on the split itself is no lower. In
+    expectation means that it is missed about as often as it is exceeded. A `guarantee` bounds how often it is missed.
 
-    A warning says where the thresholds found are slower than the plain network, and where most scores are exactly 1.0,
-    so that no threshold can tell samples apart and `temperatures` are needed.
+    A warning is logged if the thresholds found are slower than the plain network, and if most scores are exactly 1.0,
+    so that no threshold can separate samples and `temperatures` are needed.
 
     Args:
         model ([`ScanForImageClassification`]): The trained network.
-        dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or their logits when they are
-            there already.
-        max_accuracy_drop (`float`, *optional*): Points that may be lost against the deepest exit, e.g. 0.5.
-        min_accuracy (`float`, *optional*): Least accuracy, in [0, 1].
-        max_latency_ms (`float`, *optional*): Most milliseconds for one image. Needs measured costs.
-        latency (`str`, *optional*, defaults to `"mean"`): Of the images' milliseconds, the `"mean"` or `"p95"`, which
-            95 % of them keep to.
-        max_macs (`float`, *optional*): Most MACs of an image in the mean, e.g. 20e6.
-        speedup (`float`, *optional*): Least speed-up over the plain backbone, e.g. 1.5.
-        guarantee ([`RiskBound`], *optional*): Has the thresholds certified on images that did not choose them: the
-            cheapest that pass, of those that meet the target; with a target for speed, the most accurate. It may be
-            the only target.
+        dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or logits that were computed
+            before.
+        max_accuracy_drop (`float`, *optional*): Largest drop in accuracy against the deepest exit, in points, e.g.
+            0.5.
+        min_accuracy (`float`, *optional*): Lowest accuracy, in [0, 1].
+        max_latency_ms (`float`, *optional*): Largest latency of an image, in milliseconds. Needs measured costs.
+        latency (`str`, *optional*, defaults to `"mean"`): Whether `max_latency_ms` bounds the `"mean"` over the images
+            or `"p95"`, the 95th percentile.
+        max_macs (`float`, *optional*): Largest mean number of MACs for an image, e.g. 20e6.
+        speedup (`float`, *optional*): Smallest speed-up over the plain backbone, e.g. 1.5.
+        guarantee ([`RiskBound`], *optional*): A bound to certify on images that did not choose the thresholds. Of the
+            thresholds that meet the target, the cheapest that pass are returned; with a target for the cost, the most
+            accurate. It may be given without a target.
         certify_dataset (`datasets.Dataset` or [`ExitTable`], *optional*): The images to certify on. Defaults to a
-            random half of `dataset`, which the search then does not see.
-        batch_size (`int`, *optional*, defaults to 1): Images at a time that measured costs are taken for. One of the
+            random half of `dataset`, which the search then does not use.
+        batch_size (`int`, *optional*, defaults to 1): The batch size that measured costs are taken for. One of the
             sizes measured.
         fallback, criterion, temperatures (*optional*): As in [`ExitConfig`]. With several labels an image, the
             criterion is `"label_confidence"`, and an answer counts as right if all its labels are.
-        split (`str`, *optional*, defaults to `"search"`): What the split is called in the result.
-        search_kwargs: For [`genetic_search`], where no target is given: `beta`, `seed`, `generations` and so on.
-            The baseline is the deepest exit's accuracy on the split.
+        split (`str`, *optional*, defaults to `"search"`): Name of the split in the result.
+        search_kwargs: Arguments of [`genetic_search`], where no target is given: `beta`, `seed`, `generations` and so
+            on. The baseline is the deepest exit's accuracy on the split.
 
     Returns:
-        [`ExitConfig`]: to be set as `model.exit_config`. Its `search` says how the thresholds were found, its
+        [`ExitConfig`]: to be set as `model.exit_config`. Its `search` records how the thresholds were found, its
         `guarantee` what was certified.
 
     Raises:
-        `ValueError`: if the target is infeasible (the message says what is achievable); if the split is too small,
-            has one class or confidences that are all equal, was trained on or searched on before; if a table is of
-            other weights; or if targets contradict each other.
-        `CannotCertifyError`: if the guarantee does not hold on the images to certify on. It says how many would do.
+        `ValueError`: if the target is infeasible (the message gives the closest achievable value); if the split is too
+            small, has one class or confidences that are all equal, was trained on or searched on before; if a table
+            was computed with other weights; or if more than one target is given.
+        `CannotCertifyError`: if the images do not certify the guarantee. The message says how many would.
 
     Example:
 
@@ -187,13 +190,13 @@ def _certified_on(
         if not halved:
             raise
         raise CannotCertifyError(
-            f"{error} (Half of the split's {len(tables[0]) + len(tables[1])} images chose the thresholds, and these "
-            "are the others; so twice as many are needed in all.)"
+            f"{error} (Half of the split's {len(tables[0]) + len(tables[1])} images chose the thresholds and the "
+            "other half certifies them, so twice as many are needed in all.)"
         ) from error
     if np.isnan(policies[certificate.policy, : tables[0].num_exits - 1]).all():
         needed = _needed_by_next(tables[1], rule, policies[: certificate.policy], guarantee)
         logger.warning(
-            f"Only the network without early exits keeps the guarantee on the {len(tables[1])} images to certify on."
+            f"Only the network without early exits is certified on the {len(tables[1])} images to certify on."
             + (f" About {needed:,} would certify the next cheaper thresholds." if needed else "")
         )
     return certificate
@@ -212,8 +215,8 @@ def _result(
     search = {**found, **_facts(table), **_outcome(table, config, cost_model)}
     if search["cost"] > 1 + 1e-9:
         logger.warning(
-            f"The thresholds found cost {search['cost']:.3f} times what the plain network does "
-            f"({search['cost_unit']}): the exits take more than they save. Allow a larger drop, or deploy "
+            f"The thresholds found cost {search['cost']:.3f} times as much as the plain network "
+            f"({search['cost_unit']}): the exits cost more than they save. Allow a larger drop, or deploy "
             "`model.backbone`."
         )
     config = config.replace(search=search, reference=_reference(table, config))
@@ -224,18 +227,18 @@ def _result(
 
 def certify_thresholds(model: "ScanForImageClassification", dataset: Any, bound: RiskBound) -> ExitConfig:
     """
-    Certifies the thresholds that a model has, wherever they come from, on images that had no part in choosing them.
+    Certify the thresholds that a model has, wherever they come from, on images that did not choose them.
 
     Args:
         model ([`ScanForImageClassification`]): With its exit configuration.
         dataset (`datasets.Dataset` or [`ExitTable`]): Transformed images with labels, or their logits.
-        bound ([`RiskBound`]): What is to be guaranteed.
+        bound ([`RiskBound`]): The bound to certify.
 
     Returns:
         [`ExitConfig`]: the model's, with a `guarantee`.
 
     Raises:
-        `CannotCertifyError`: if the guarantee does not hold. It says how many images would do.
+        `CannotCertifyError`: if the images do not certify the bound. The message says how many would.
         `ValueError`: as [`calibrate`], and if the thresholds were searched on these images.
     """
     config = model.exit_config
@@ -258,7 +261,7 @@ def _genetic(
     columns = num_answers(table.num_exits, rule.fallback)
     correct = (predictions == table.labels[:, None])[:, :columns]
     settings = {"beta": 0.5, "seed": 0, **search_kwargs}
-    # JSON knows no numbers of NumPy.
+    # JSON has no NumPy numbers.
     settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     against = {"baseline_accuracy": table.baseline_accuracy, "plain_cost": cost_model.plain_image}
     costs = cost_model.cumulative(rule)[:columns]
@@ -305,6 +308,6 @@ def _outcome(table: ExitTable, config: ExitConfig, cost_model: CostModel) -> dic
 
 
 def _reference(table: ExitTable, config: ExitConfig) -> dict[str, Any]:
-    """Return how many samples left where with which confidence: a row for each exit and the last answer."""
+    """Return how many samples each exit answered with which confidence, as counts."""
     counts = count_answers(table.answers(config), table.num_exits, CONFIDENCE_BINS).tolist()
     return {"bins": CONFIDENCE_BINS, "counts": counts}

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""A guarantee for thresholds: a bound on what they lose that holds with a stated probability."""
+"""Certify a bound on the risk of thresholds, with a stated confidence level."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,18 +15,19 @@ from .policy import answering_column, check_table
 @dataclass(frozen=True)
 class RiskBound:
     """
-    What is to be guaranteed: that the risk is at most `max_drop` points, but for a probability of `delta` that the
-    samples it is certified on happen to be too kind.
+    A bound on the risk: at most `max_drop` points, with a confidence level of `1 - delta`.
 
     Args:
-        max_drop (`float`, *optional*, defaults to 1.0): The most that the risk may be, in points (hundredths).
-        delta (`float`, *optional*, defaults to 0.05): The probability with which the guarantee may be wrong.
-        loss (`str`, *optional*, defaults to `"gap"`): What the risk is the mean of. `"gap"`: the accuracy of the
-            deepest exit less that of the adaptive answers. `"disagreement"`: the share of samples that are answered
-            otherwise than by the deepest exit, right or wrong. `"error"`: the share that is answered wrong.
+        max_drop (`float`, *optional*, defaults to 1.0): The bound, in points (hundredths).
+        delta (`float`, *optional*, defaults to 0.05): Probability that the guarantee is wrong: one minus the
+            confidence level.
+        loss (`str`, *optional*, defaults to `"gap"`): The loss whose mean the risk is. `"gap"`: the accuracy of the
+            deepest exit minus that of the adaptive answers. `"disagreement"`: the share of samples whose answer
+            differs from the deepest exit's, right or wrong. `"error"`: the share of wrong answers.
 
     Raises:
-        `ValueError`: if `max_drop` or `delta` are out of range, or there is no such loss.
+        `TypeError`: if `max_drop` or `delta` is not a number.
+        `ValueError`: if `max_drop` or `delta` is out of range, or `loss` is unknown.
     """
 
     max_drop: float = 1.0
@@ -44,22 +45,22 @@ class RiskBound:
         if self.loss not in ("gap", "disagreement", "error"):
             raise ValueError(f"`loss` is {self.loss!r}; expected 'gap', 'disagreement' or 'error'.")
         for name in ("max_drop", "delta"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # JSON knows no numbers of NumPy
+            object.__setattr__(self, name, float(getattr(self, name)))  # JSON has no NumPy numbers
 
 
 @dataclass(frozen=True)
 class Certificate:
     """
-    What [`certify`] found.
+    The result of [`certify`].
 
     Args:
         policy (`int`): The row of the cheapest policy that is certified.
         risk (`float`): Its risk on the samples, in points. The guarantee is `bound`, not this.
-        bound (`RiskBound`): What is guaranteed.
-        p_value (`float`): How likely samples as kind as these are, if its risk were above the bound. At most `delta`.
-        n (`int`): Samples.
-        test (`str`): The test, in words.
-        policies_tested (`int`): How many policies were tested, one after another, each at the level `delta`.
+        bound (`RiskBound`): The certified bound.
+        p_value (`float`): Its p-value under H0: risk > bound. At most `delta`.
+        n (`int`): Number of samples.
+        test (`str`): Name of the test.
+        policies_tested (`int`): Number of policies tested, one after another, each at the level `delta`.
     """
 
     policy: int
@@ -71,18 +72,18 @@ class Certificate:
     policies_tested: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, without the row, which means nothing elsewhere."""
+        """Return the fields as JSON values, without the row, which means nothing elsewhere."""
         values = asdict(self)
         del values["policy"]
         return {**values.pop("bound"), **values}
 
 
 class CannotCertifyError(ValueError):
-    """The samples do not suffice for the guarantee that was asked for."""
+    """Raised if the samples do not certify the bound."""
 
 
 def check_bound(bound: RiskBound) -> None:
-    """Raises a `TypeError` for what is no [`RiskBound`]."""
+    """Raise a `TypeError` unless `bound` is a [`RiskBound`]."""
     if not isinstance(bound, RiskBound):
         raise TypeError(f"The guarantee is {bound!r}; expected a `RiskBound`, such as `RiskBound(max_drop=1.0)`.")
 
@@ -100,14 +101,15 @@ def certify(
     baseline: np.ndarray | None = None,
 ) -> Certificate:
     """
-    Finds the cheapest of some policies whose risk is at most what is asked for, on samples that did not choose the
-    policies.
+    Find the cheapest of some policies whose risk is certified to be at most the bound, on samples that did not choose
+    the policies.
 
-    The policies are tested from the most expensive one on, each at the full level `delta`, until one fails: testing in
-    an order that these samples had no part in needs no correction ("learn then test": Angelopoulos et al., 2021, with
-    fixed sequence testing). Where the loss is 0 or 1, by the exact binomial test. The gap's is -1, 0 or 1; its test is
-    exact too, the largest over the shares of samples on which the two differ (a grid of them) that a confidence
-    interval at a level of `delta / 50` holds, with that level added.
+    The policies are tested from the most expensive on, each at the full level `delta`, until one fails. No correction
+    for multiple tests is needed, because the order is fixed before these samples are used ("learn then test":
+    Angelopoulos et al., 2021, with fixed sequence testing). A loss of 0 or 1 has the exact binomial test. The gap is
+    -1, 0 or 1 for a sample; its test is exact too. Its p-value is the largest over a grid of the nuisance parameter,
+    the share of samples on which the two answers differ, within a confidence interval at the level `delta / 50`, and
+    that level is added ([`difference_p_value`]).
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): Confidence of each possible answer, shallow to deep.
@@ -123,8 +125,8 @@ def certify(
         [`Certificate`]
 
     Raises:
-        `CannotCertifyError`: if not even the most expensive policy passes. The message says how many samples would do.
-        `ValueError`: if the arrays do not belong together, are empty, or hold NaN, or costs fall with depth.
+        `CannotCertifyError`: if not even the most expensive policy passes. The message says how many samples would.
+        `ValueError`: if the arrays do not belong together, are empty, or hold NaN, or costs decrease with depth.
 
     Example:
 
@@ -158,7 +160,7 @@ def certify(
 
 def certify_answers(right: Iterable[np.ndarray], bound: RiskBound, baseline: np.ndarray, policies: int) -> Certificate:
     """
-    [`certify`] on what policies answer.
+    Certify policies as [`certify`] does, from whether their answers are right.
 
     Args:
         right (`Iterable[np.ndarray]`): Of each policy, from the most expensive to the cheapest, whether its answers
@@ -188,7 +190,7 @@ def certify_answers(right: Iterable[np.ndarray], bound: RiskBound, baseline: np.
 
 
 def _risk(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> float:
-    """In points."""
+    """Return the mean loss, in points."""
     loss = compared.astype(int) - right if bound.loss == "gap" else ~right
     return 100 * float(loss.mean())
 
@@ -200,15 +202,16 @@ def _p_value(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> float
     return float(binom.cdf(np.count_nonzero(~right), len(right), bound.max_drop / 100))
 
 
-SHARES = 33  # of samples on which the two differ, over which the largest p-value is looked for
+SHARES = 33  # values of the nuisance parameter, over which the p-value is maximised
 
 
 def difference_p_value(lost: int, won: int, n: int, margin: float, level: float) -> float:
     """
-    How likely a difference of at most `lost - won` among n samples is, if the true rates differ by `margin`.
+    Return the exact p-value of a paired difference of at most `lost - won` among `n` samples, under H0: the true rates
+    differ by `margin` or more.
 
-    Outcomes are ordered by their likelihood ratio. Given how many samples are lost or won, those lost are binomial;
-    the share of these in all is the nuisance that the p-value is the largest over.
+    Outcomes are ordered by their likelihood ratio. Given the number of samples that are lost or won, the number lost
+    is binomial; the share of these samples among all is the nuisance parameter that the p-value is maximised over.
 
     Source: Berger and Boos, "P Values Maximized Over a Confidence Set for the Nuisance Parameter", JASA 1994.
 
@@ -216,8 +219,8 @@ def difference_p_value(lost: int, won: int, n: int, margin: float, level: float)
         lost (`int`): Samples of one kind, such as those that only the baseline gets right.
         won (`int`): Samples of the other kind.
         n (`int`): All samples.
-        margin (`float`): The difference of the two rates that is tested for, above 0.
-        level (`float`): Of the confidence set for the nuisance; it is added to the p-value.
+        margin (`float`): The difference of the two rates under H0, above 0.
+        level (`float`): Level of the confidence set for the nuisance parameter, which is added to the p-value.
     """
     differ = lost + won
     low = beta.ppf(level / 2, differ, n - differ + 1) if differ else 0.0
@@ -226,7 +229,8 @@ def difference_p_value(lost: int, won: int, n: int, margin: float, level: float)
     shares = np.linspace(max(low, margin), max(high, margin), SHARES)
     spread = 8 * np.sqrt(n * shares[-1]) + 8
     counts = np.arange(max(0, int(n * shares[0] - spread)), min(n, int(n * shares[-1] + spread)) + 1)
-    # Of k samples that differ, the most that may be lost for as much evidence as in the data, by halving. -1 for none.
+    # For each number of samples that differ, by bisection: the largest number lost with as much evidence against H0 as
+    # the data has; -1 for none.
     evidence = _evidence(np.array(lost), np.array(won), n, margin) - 1e-9
     most_lost, too_many = np.full(len(counts), -1), counts + 1
     while (too_many - most_lost > 1).any():
@@ -239,9 +243,10 @@ def difference_p_value(lost: int, won: int, n: int, margin: float, level: float)
 
 
 def _evidence(lost: np.ndarray, won: np.ndarray, n: int, margin: float) -> np.ndarray:
-    """Log-likelihood ratio against a difference of the margin; below 0 where the data's own is larger than that."""
+    """Return the log-likelihood ratio against a difference of the margin; negative if the observed one is larger."""
     same = n - lost - won
-    # The rate of those won that is most likely if that of those lost is larger by the margin: a root of a quadratic.
+    # The maximum likelihood estimate of the rate of samples won, if that of samples lost is larger by the margin: a
+    # root of a quadratic equation.
     linear = (lost + won) * (1 - margin) - 2 * margin * (won + same)
     rate = (linear + np.sqrt(linear**2 + 8 * n * won * margin * (1 - margin))) / (4 * n)
     rate = np.clip(rate, 0, (1 - margin) / 2)
@@ -254,32 +259,32 @@ MOST_SAMPLES = 10_000_000
 
 
 def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
-    """What the policy with the smallest risk would need."""
+    """Return the message for samples that do not certify even the policy with the smallest risk."""
     n, risk = len(right), _risk(right, compared, bound)
     loss = f"{'an' if bound.loss == 'error' else 'a'} {bound.loss}"
     asked = f"{loss} of at most {bound.max_drop:g} points with a probability of {1 - bound.delta:g}"
     if risk >= bound.max_drop:
         return (
             f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, and more "
-            "samples of the kind would not help. Allow a larger `max_drop`."
+            "samples would not help. Allow a larger `max_drop`."
         )
     needed = samples_needed(right, compared, bound)
     count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
     return (
         f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
-        "samples of the kind would certify. Cheaper ones need more. Give more, allow a larger `max_drop`, or a larger "
-        "`delta`."
+        "samples would certify. Cheaper policies need more. Use more samples, a larger `max_drop` or a larger `delta`."
     )
 
 
 def samples_needed(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> int | None:
     """
-    How many samples like these would certify a policy, about; `None` where more would not help or too many would do.
+    Estimate how many samples would certify a policy, from its risk on some. `None` if no number would, or only one
+    above 10 million.
 
     Args:
         right (`np.ndarray` of shape `(n,)`): Whether its answers are right.
-        compared (`np.ndarray` of shape `(n,)`): Whether the answers that are compared with are right.
-        bound ([`RiskBound`]): What is to be guaranteed.
+        compared (`np.ndarray` of shape `(n,)`): Whether the answers that it is compared with are right.
+        bound ([`RiskBound`]): The bound to certify.
     """
     if _risk(right, compared, bound) >= bound.max_drop:
         return None
@@ -295,7 +300,7 @@ def samples_needed(right: np.ndarray, compared: np.ndarray, bound: RiskBound) ->
 
 
 def _first(suffices: Callable[[int], bool], least: int, most: int) -> int | None:
-    """About the smallest number that suffices, to a twentieth."""
+    """Return about the smallest number that suffices, at most a twentieth too large."""
     number = least
     while not suffices(number):
         number = int(number * 1.05) + 1

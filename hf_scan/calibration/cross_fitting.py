@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What thresholds lose on images that did not choose them, estimated on those that do."""
+"""Estimate by cross-fitting how much accuracy thresholds lose on images that did not choose them."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,8 @@ from .frontier import Frontier
 
 
 FOLDS = 5
-STEPS = 41  # of the accuracy asked for on the images that choose
-FARTHEST = 0.03  # that it is raised
+STEPS = 41  # values of the required accuracy that are tried
+FARTHEST = 0.03  # the most that it is raised above the target
 
 
 def least_accuracy_to_ask(
@@ -21,20 +21,24 @@ def least_accuracy_to_ask(
     seed: int = 0,
 ) -> float:
     """
-    The best of many policies on some images is a little worse on others, so that more has to be asked of it where it
-    is chosen. How much more, cross-fitting tells: in turn, a fifth of the images judges what the others choose, and
-    the smallest demand is taken whose choices, and those of all larger ones, keep to what is wanted in the mean.
+    Return the accuracy to require on the images that choose a policy, so that other images reach the target in
+    expectation.
+
+    A policy that is chosen as the best of many is a little worse on other images: thresholds tuned on one split are
+    optimistic. Cross-fitting estimates by how much. Each fifth of the images in turn evaluates the policies that the
+    others choose, and the smallest requirement is returned at which, and above which, the mean accuracy over the folds
+    reaches the target.
 
     Args:
-        least_accuracy (`float`): What is wanted, in [0, 1].
-        baseline (`np.ndarray` of shape `(n,)`): Whether the answers compared with are right. What is wanted counts
-            from their mean, on all images and on each fold.
-        frontier_of (`Callable`): Gives the frontier of some images, of which it gets the rows.
-        accuracies_of (`Callable`): Gives the accuracies of policies, `(policies, columns)`, on some images.
-        seed (`int`, *optional*, defaults to 0): Of the division.
+        least_accuracy (`float`): The target, in [0, 1].
+        baseline (`np.ndarray` of shape `(n,)`): Whether the answers that are compared with are right. The target
+            counts as a drop from their mean, on all images and on each fold.
+        frontier_of (`Callable`): Returns the frontier of some images, given their rows.
+        accuracies_of (`Callable`): Returns the accuracies of policies, `(policies, columns)`, on some images.
+        seed (`int`, *optional*, defaults to 0): Seed of the division into folds.
 
     Returns:
-        `float`: what to ask for on all images; three points more than is wanted, if nothing that was tried keeps to
+        `float`: the accuracy to require on all images; three points above the target if nothing that was tried reaches
             it.
 
     Raises:

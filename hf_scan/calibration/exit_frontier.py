@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The frontier of a network: over all thresholds, and over which exits are switched off."""
+"""Find the frontier of a network over all thresholds and over which exits are switched off."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from .exit_table import ExitTable
 from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undominated
 
 
-# With more early exits than these, those combinations are tried that leave few of them on.
+# With more early exits than these, only combinations with few of them switched on are tried.
 ALL_COMBINATIONS = 5
 MOST_POLICIES_EACH = 1_000_000
 
@@ -26,24 +26,24 @@ def exit_frontier(
     polish: bool = True,
 ) -> Frontier:
     """
-    Finds the best accuracy for every cost, as [`exact_frontier`] does, over every way of switching exits off besides:
-    an exit that is off costs nothing, and the ensemble does without it.
+    Find the best accuracy for every cost, as [`exact_frontier`] does, also over which exits are switched off: such an
+    exit costs nothing, and the ensemble is formed without it.
 
-    With more than five early exits, only those combinations are tried that leave at most three of them on, and, up to
-    nine, the one that leaves all on.
+    With more than five early exits, only combinations with at most three of them switched on are tried and, up to
+    nine, the one with all switched on.
 
     Args:
         table ([`ExitTable`]): The logits to search on.
         exit_config ([`ExitConfig`]): Criterion, temperatures and fallback.
-        costs_of (`Callable`): Gives the cumulative cost of each exit and of the last answer, `(num_exits + 1,)`, for a
-            configuration in which some exits are off.
+        costs_of (`Callable`): Returns the cumulative cost of each exit and of the fallback, `(num_exits + 1,)`, for a
+            configuration in which some exits are switched off.
         truth (`np.ndarray` of shape `(n,)`, *optional*): The classes that count as right. Defaults to the labels.
-        max_policies (`int`, *optional*, defaults to 4,000,000): Policies on the grids of all combinations together, a
-            million of one at most.
+        max_policies (`int`, *optional*, defaults to 4,000,000): Policies on the grids of all combinations together, at
+            most a million for each.
         polish (`bool`, *optional*, defaults to `True`): As in [`exact_frontier`].
 
     Returns:
-        [`Frontier`]: with a threshold for each exit that can be left at; NaN for those that are off.
+        [`Frontier`]: with a threshold for each exit that samples can exit at; NaN for those that are switched off.
     """
     truth = table.labels if truth is None else truth
     last = num_answers(table.num_exits, exit_config.fallback) - 1
@@ -76,7 +76,7 @@ def exit_frontier(
 
 
 def _combinations(early: int) -> Iterator[tuple[int, ...]]:
-    """Which early exits are on."""
+    """Yield the early exits that are switched on, for each combination that is tried."""
     most = early if early <= ALL_COMBINATIONS else FEW
     for count in range(most + 1):
         yield from itertools.combinations(range(early), count)
@@ -85,7 +85,7 @@ def _combinations(early: int) -> Iterator[tuple[int, ...]]:
 
 
 def _merged(found: list[Frontier]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the policies of several frontiers, those that no other beats: which frontier's, and which row."""
+    """Merge frontiers; return the frontier and the row of each policy that no other dominates."""
     accuracy = np.concatenate([frontier.accuracy for frontier in found])
     cost = np.concatenate([frontier.cost for frontier in found])
     origin = np.concatenate([np.full(len(frontier), index) for index, frontier in enumerate(found)])

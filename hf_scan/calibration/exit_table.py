@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Every exit's logits on a split, computed once, from which thresholds are searched without the network."""
+"""Compute every exit's logits on a split once, so that thresholds are searched without the network: [`ExitTable`]."""
 
 import hashlib
 import json
@@ -32,16 +32,19 @@ if TYPE_CHECKING:
 @dataclass
 class ExitTable:
     """
-    What every exit answers on a split.
+    A table that holds every exit's logits on a split.
 
     Args:
-        logits (`np.ndarray` of shape `(n, num_exits, num_labels)`): From shallow to deep, float32.
+        logits (`np.ndarray` of shape `(n, num_exits, num_labels)`): Logits from shallow to deep, float32.
         labels (`np.ndarray` of shape `(n,)`): The true class indices.
-        samples (`np.ndarray` of shape `(n,)`): Which images these are: [`~hf_scan.data.sample_digests`].
+        samples (`np.ndarray` of shape `(n,)`): Digests that identify the images: [`~hf_scan.data.sample_digests`].
         split (`str`): The split's name.
-        model (`str`): The weights that answered: [`~ScanForImageClassification.fingerprint`].
+        model (`str`): Fingerprint of the weights: [`~ScanForImageClassification.fingerprint`].
         multi_label (`bool`, *optional*, defaults to `False`): Whether an image has several labels. `labels` then holds
             [`~hf_scan.model.exit_rule.label_set_ids`]: an answer is right if all its labels are.
+
+    Raises:
+        `ValueError`: if the arrays do not belong together.
     """
 
     logits: np.ndarray
@@ -68,22 +71,22 @@ class ExitTable:
 
     @property
     def deepest(self) -> np.ndarray:
-        """The classes (with several labels, the numbers of the sets) that the deepest exit answers, `(n,)`."""
+        """Return the deepest exit's predictions, `(n,)`: classes or, with several labels, the numbers of the sets."""
         if self.multi_label:
             return label_set_ids(torch.from_numpy(self.logits[:, -1] > 0)).numpy()
         return self.logits[:, -1].argmax(axis=-1)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which images these are, whatever their order, and of each once."""
+        """Return the SHA-256 of the set of images. It does not depend on their order or on repetitions."""
         return hashlib.sha256(np.unique(self.samples).tobytes()).hexdigest()
 
     def columns(self, exit_config: ExitConfig) -> tuple[np.ndarray, np.ndarray]:
         """
-        The answers a sample can get, as [`exit_columns`] numbers them.
+        Return the scores and predictions of every answer that a sample can get, one a column as in [`exit_columns`].
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: scores, and predicted classes, both `(n, num_exits + 1)`.
+            `tuple[np.ndarray, np.ndarray]`: scores and predicted classes, both of shape `(n, num_exits + 1)`.
         """
         exit_logits = torch.from_numpy(self.logits).unbind(dim=1)
         predictions, confidences = exit_columns(exit_logits, exit_config)
@@ -95,24 +98,24 @@ class ExitTable:
         return float((self.deepest == self.labels).mean())
 
     def answers(self, exit_config: ExitConfig) -> AdaptiveOutput:
-        """Return the answers by the exit rule, one a sample."""
+        """Return the exit rule's answers, one a sample."""
         return apply_exit_rule(torch.from_numpy(self.logits).unbind(dim=1), exit_config)
 
     def predictions(self, exit_config: ExitConfig) -> np.ndarray:
-        """Return the classes that are answered by the exit rule, `(n,)`."""
+        """Return the predictions of the exit rule's answers, `(n,)`."""
         return answers_of(self.answers(exit_config).logits, exit_config).numpy()
 
     def exit_indices(self, exit_config: ExitConfig) -> np.ndarray:
-        """Return the exit of each sample, `(n,)`; `num_exits` for one that the fallback answers, with any exit."""
+        """Return where each sample exits, `(n,)`; `num_exits` for one that the fallback answers."""
         return self.answers(exit_config.replace(fallback="ensemble")).exit_index.numpy()
 
     def exit_shares(self, exit_config: ExitConfig) -> list[float]:
-        """Return the share of samples that leave at each exit and, last, of those that leave at none."""
+        """Return the share of samples that exit at each exit and, last, of those that the fallback answers."""
         counts = np.bincount(self.exit_indices(exit_config), minlength=self.num_exits + 1)
         return (counts / len(self)).tolist()
 
     def select(self, rows: np.ndarray, split: str | None = None) -> "ExitTable":
-        """Some of the samples, by index or by a mask, as a split of another name."""
+        """Return some of the samples, by index or by a mask, optionally as a split of another name."""
         return replace(
             self,
             logits=self.logits[rows],
@@ -122,13 +125,13 @@ class ExitTable:
         )
 
     def halves(self, names: tuple[str, str], seed: int = 0) -> tuple["ExitTable", "ExitTable"]:
-        """Two splits of equal size at random. Images that are there twice stay together."""
+        """Return two random splits of equal size. Copies of an image are put into the same one."""
         unique, which = np.unique(self.samples, return_inverse=True)
         first = np.random.default_rng(seed).permutation(len(unique)) < len(unique) // 2
         return self.select(first[which], names[0]), self.select(~first[which], names[1])
 
     def save(self, path: str | Path) -> None:
-        """Writes the table as one safetensors file. Its folder is made when missing."""
+        """Write the table as one safetensors file, whose folder is created if it is missing."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"logits": self.logits, "labels": self.labels, "samples": self.samples}
         facts = json.dumps({"split": self.split, "model": self.model, "multi_label": self.multi_label})
@@ -137,10 +140,10 @@ class ExitTable:
     @classmethod
     def load(cls, path: str | Path) -> "ExitTable":
         """
-        Reads a table that [`~ExitTable.save`] wrote.
+        Read a table that [`~ExitTable.save`] wrote.
 
         Raises:
-            `ValueError`: if the file is none.
+            `ValueError`: if the file does not hold a whole table.
             `FileNotFoundError`: if there is no file.
         """
         try:
@@ -149,7 +152,7 @@ class ExitTable:
                 return cls(**{name: file.get_tensor(name) for name in ("logits", "labels", "samples")}, **facts)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a whole table of exit logits; write one with `ExitTable.save`. ({error})"
+                f"{path} does not hold a whole table of exit logits ({error}). Write one with `ExitTable.save`."
             ) from error
 
 
@@ -157,23 +160,23 @@ def collect_exit_logits(
     model: "ScanForImageClassification", dataset: Any, split: str = "search", batch_size: int = 64
 ) -> ExitTable:
     """
-    Runs every exit on a dataset, with a progress bar.
+    Run every exit on a dataset, with a progress bar.
 
     Args:
         model ([`ScanForImageClassification`]): The network, on any device.
-        dataset (`datasets.Dataset`, `torch.utils.data.Dataset` or `DataLoader`): Gives dictionaries of `pixel_values`
-            and `labels` (or `label`), as for the `Trainer`, or pairs of an image's tensor and its label (with several
-            labels an image, 1 for each that it has and 0 for the others). Of a
-            `DataLoader`, its dataset is read in order, by its `collate_fn`.
-        split (`str`, *optional*, defaults to `"search"`): What the split is called in what is saved.
-        batch_size (`int`, *optional*, defaults to 64): Images at a time.
+        dataset (`datasets.Dataset`, `torch.utils.data.Dataset` or `DataLoader`): Its rows are dictionaries of
+            `pixel_values` and `labels` (or `label`), as for the `Trainer`, or pairs of an image as a tensor and its
+            label. With several labels an image, its labels are 1 for each that it has and 0 for the others. The
+            dataset of a `DataLoader` is read in order, with its `collate_fn`.
+        split (`str`, *optional*, defaults to `"search"`): Name of the split.
+        batch_size (`int`, *optional*, defaults to 64): Number of images in a batch.
 
     Returns:
         [`ExitTable`]
 
     Raises:
-        `ValueError`: if the dataset is empty, or its rows hold no `pixel_values` or no class indices.
-        `TypeError`: if it is no dataset that has a length and gives dictionaries or pairs.
+        `ValueError`: if the dataset is empty, or its rows lack `pixel_values` or class indices.
+        `TypeError`: if it is not a dataset with a length, or its rows are neither dictionaries nor pairs.
     """
     collate: Callable[[Any], Any] | None = None
     if isinstance(dataset, DataLoader):
@@ -212,7 +215,7 @@ def _check_rows(dataset: Any, split: str) -> bool:
             "dictionaries of `pixel_values` and `labels`, or an `ExitTable`."
         )
     if len(dataset) == 0:
-        raise ValueError(f"The {split!r} split is empty; thresholds need samples to be searched on.")
+        raise ValueError(f"The {split!r} split is empty; expected samples to search thresholds on.")
     row = dataset[0]
     pair = isinstance(row, (tuple, list)) and len(row) == 2
     if pair:
@@ -236,14 +239,14 @@ def _check_rows(dataset: Any, split: str) -> bool:
         )
     if isinstance(label, str):
         raise ValueError(
-            f"The {split!r} split has labels such as {label!r}; expected class indices, such as "
-            "`model.config.label2id` gives for names."
+            f"The {split!r} split has labels such as {label!r}; expected class indices. `model.config.label2id` maps "
+            "names to them."
         )
     return pair
 
 
 def _images_and_labels(batch: Any, split: str, num_labels: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch's images, and class indices of shape `(batch_size,)`, or of so many labels the sets' numbers."""
+    """Return a batch's images and class indices, `(batch_size,)`; with several labels, the numbers of the sets."""
     if isinstance(batch, Mapping):
         images, labels = batch["pixel_values"], batch["labels"] if "labels" in batch else batch["label"]
     else:

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The best that thresholds can do: for each cost, the policy with the highest accuracy."""
+"""Find for each cost the policy with the highest accuracy: [`exact_frontier`]."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from .policy import check_table, evaluate_policies
 
 
-# The most thresholds that are searched over all at once, and how many at a time where there are more.
+# The most thresholds that are searched jointly, and how many at a time where there are more.
 MOST_FREE = 9
 FEW = 3
 
@@ -17,13 +17,13 @@ FEW = 3
 @dataclass(frozen=True)
 class Frontier:
     """
-    Policies of which none is both cheaper and better than another, sorted by cost.
+    A set of policies of which none dominates another (is both cheaper and more accurate), sorted by cost.
 
     Args:
         accuracy (`np.ndarray` of shape `(m,)`): In [0, 1], on the scores that were searched.
         cost (`np.ndarray` of shape `(m,)`): Mean cost there.
         thresholds (`np.ndarray` of shape `(m, columns)`): At 1.0 no sample exits, NaN stands for an exit that is
-            switched off, and the last column's is 0.0: whatever gets there is answered there.
+            switched off, and the last column's is 0.0, as it answers every sample that reaches it.
     """
 
     accuracy: np.ndarray
@@ -34,18 +34,18 @@ class Frontier:
         return len(self.cost)
 
     def select(self, rows: np.ndarray) -> "Frontier":
-        """Some of its policies, by index or by a mask."""
+        """Return some of the policies, by index or by a mask."""
         return Frontier(self.accuracy[rows], self.cost[rows], self.thresholds[rows])
 
     @classmethod
     def of(cls, confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, thresholds: np.ndarray) -> "Frontier":
-        """Those of some policies, `(policies, columns)`, that no other of them beats."""
+        """Return the policies among `thresholds`, `(policies, columns)`, that no other of them dominates."""
         accuracy, cost = evaluate_policies(confidences, correct, costs, thresholds)
         return cls(accuracy, cost, thresholds).select(undominated(accuracy, cost))
 
 
 def as_thresholds(policy: np.ndarray) -> list[float | None]:
-    """Return a row of a frontier's thresholds as an [`ExitConfig`] holds them: `None` for an exit that is off."""
+    """Return a row of a frontier's thresholds as an [`ExitConfig`] holds them, with `None` in place of NaN."""
     return [None if np.isnan(threshold) else float(threshold) for threshold in policy]
 
 
@@ -57,35 +57,35 @@ def exact_frontier(
     polish: bool = True,
 ) -> Frontier:
     """
-    Finds the frontier over all thresholds, without a network.
+    Find the frontier over all thresholds, from cached scores.
 
     With confidences in [0, 1], thresholds are those of an [`ExitConfig`]: 1.0 disables the exit, and 0.0 exits every
-    sample with confidence > 0. Other scores have a number above the largest and one below the smallest in their place.
-    All other thresholds are halfway between two neighbouring scores ([`possible_thresholds`]).
+    sample with confidence > 0. For other scores, a number above the largest and one below the smallest take their
+    place. All other thresholds are halfway between two neighbouring scores ([`possible_thresholds`]).
 
     Every policy on a grid is evaluated at once, from cumulative sums over a histogram of the samples. The grid of a
-    column holds what its samples are divided by: all possible thresholds where these are few, else quantiles, closer
-    to each other towards the surest, where a threshold decides over few samples and over much accuracy. Then each
-    threshold of each policy on the frontier is moved over all possible ones of its column while the others stay, four
-    times over. Where the grid holds all of them, the frontier is exact; in any case its figures are its
-    policies' own. With more than nine thresholds, whose grid would grow fourfold with each, those policies are
-    tried at first that let samples go at three columns at most.
+    column holds all possible thresholds if these are few, and quantiles otherwise, denser at high confidences, where a
+    threshold affects few samples but much accuracy. Then each threshold of each policy on the frontier is moved over
+    all possible ones of its column while the others are fixed, in four rounds. If the grid holds all possible
+    thresholds, the frontier is exact; accuracy and cost are always those of the policies returned. With more than nine
+    thresholds, a grid over all of them would be too large, and the search starts from policies in which samples exit
+    at three columns at most.
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): Confidence of each possible answer, shallow to deep. A
-            sample that is confident nowhere is answered by the last column.
+            sample whose confidence is above no threshold is answered by the last column.
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
         costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
-        max_policies (`int`, *optional*, defaults to 1,000,000): Policies on the grid. The more columns, the fewer
-            values each threshold takes at first.
-        polish (`bool`, *optional*, defaults to `True`): Whether thresholds are moved between the values of a grid that
-            does not hold all. With 10,000 samples and four columns, some seconds instead of a fifth of one.
+        max_policies (`int`, *optional*, defaults to 1,000,000): Number of policies on the grid. The more columns, the
+            fewer values each threshold takes on it.
+        polish (`bool`, *optional*, defaults to `True`): Whether thresholds are then moved between the values of the
+            grid. With 10,000 samples and four columns, that takes a few seconds instead of 0.2.
 
     Returns:
         [`Frontier`]
 
     Raises:
-        `ValueError`: if the arrays do not belong together, are empty, hold NaN, or costs fall with depth, or if
+        `ValueError`: if the arrays do not belong together, are empty, hold NaN, or costs decrease with depth, or if
             `max_policies` is below 1.
 
     Example:
@@ -125,14 +125,14 @@ def exact_frontier(
 def _best_on_grid(
     confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, columns: tuple[int, ...], max_policies: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Of some columns, the grids, and the policies on them that no other beats; at the others, nobody leaves."""
+    """Return the grids of some columns and the undominated policies on them, with the other exits disabled."""
     if not columns:
         return [], np.empty((1, 0))
     per_column = max(2, int(max_policies ** (1 / len(columns))))
     grids = [_grid(confidences[:, column], per_column) for column in columns]
     asked = [*columns, -1]
     accuracy, cost = _on_grid(confidences[:, asked], correct[:, asked], costs[asked], grids)
-    # Of policies that get equally many right, the cheapest only: then there are few to sort.
+    # Of policies with the same accuracy, keep the cheapest, so that few are left to sort.
     right = np.rint(accuracy.ravel() * len(correct)).astype(np.int64)
     least = np.full(len(correct) + 1, np.inf)
     np.minimum.at(least, right, cost.ravel())
@@ -144,8 +144,8 @@ def _best_on_grid(
 
 def shared_threshold_frontier(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray) -> Frontier:
     """
-    The best that one threshold for all exits can do (as in Shallow-Deep Networks: Kaya et al., ICML 2019), to compare
-    with. Exact.
+    Find the exact frontier of one threshold shared by all exits, for comparison. Source: Kaya et al., "Shallow-Deep
+    Networks", ICML 2019, whose exits share one.
 
     Args:
         confidences, correct, costs (`np.ndarray`): As for [`exact_frontier`].
@@ -155,11 +155,11 @@ def shared_threshold_frontier(confidences: np.ndarray, correct: np.ndarray, cost
     """
     confidences, correct, costs = check_table(confidences, correct, costs)
     n, free = len(confidences), confidences.shape[1] - 1
-    # With threshold t, a sample leaves at the first column where the surest so far is above t: at the column for all t
-    # from the surest before it up to its own. Its answer and cost start at one end and stop at the other.
-    surest = np.maximum.accumulate(confidences[:, :free], axis=1)
-    ends = np.hstack([np.full((n, 1), -np.inf), surest, np.full((n, 1), np.inf)])
-    values = possible_thresholds(surest.ravel())
+    # With threshold t, a sample exits at the first column whose running maximum of confidence is above t: at a column
+    # for all t from the maximum before it up to its own. There its answer and cost start to count and stop again.
+    highest = np.maximum.accumulate(confidences[:, :free], axis=1)
+    ends = np.hstack([np.full((n, 1), -np.inf), highest, np.full((n, 1), np.inf)])
+    values = possible_thresholds(highest.ravel())
     right, spent = np.zeros(len(values) + 1), np.zeros(len(values) + 1)
     for column in range(free + 1):
         for end, sign in ((ends[:, column], 1), (ends[:, column + 1], -1)):
@@ -174,15 +174,15 @@ def shared_threshold_frontier(confidences: np.ndarray, correct: np.ndarray, cost
 
 def oracle_policy(correct: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
     """
-    What nobody can beat: every sample leaves at the first exit that is right, and at the first exit of all where none
-    is.
+    Return the upper bound on any policy: every sample exits at the first exit that is right, and at the first exit if
+    none is.
 
     Args:
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
         costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
 
     Returns:
-        `tuple[float, float]`: its accuracy in [0, 1] and its mean cost.
+        `tuple[float, float]`: accuracy in [0, 1] and mean cost.
     """
     correct = np.asarray(correct)
     _, correct, costs = check_table(correct, correct, costs)
@@ -198,11 +198,11 @@ def possible_thresholds(scores: np.ndarray, low: float | None = None) -> np.ndar
 
     Args:
         scores (`np.ndarray` of shape `(n,)`): The scores.
-        low (`float`, *optional*): The smallest threshold that is allowed. Defaults to all.
+        low (`float`, *optional*): The smallest threshold that is allowed. Defaults to no limit.
 
     Returns:
         `np.ndarray` of shape `(m,)`: ascending. With scores in [0, 1], the last is 1.0, at which no sample exits, and
-        the first is 0.0, at which all do whose score is above 0.
+        the first is 0.0, which exits every sample with a score > 0.
     """
     values = np.unique(scores).astype(np.float64)
     least, most = values[0], values[-1]
@@ -220,10 +220,10 @@ def _exits_nothing(most: float) -> float:
 
 
 def _grid(scores: np.ndarray, size: int) -> np.ndarray:
-    """Return so many of the possible thresholds, or all."""
+    """Return `size` of the possible thresholds, or all if they are fewer."""
     values = possible_thresholds(scores)
     if len(values) > size:
-        # Half of them spread evenly over the samples, half towards the surest in equal ratios.
+        # Half of them at even quantiles, half geometrically denser towards high confidences.
         even = np.linspace(0, 1, size // 2)
         tail = 1 - np.geomspace(1 / len(scores), 1, max(0, size - size // 2 - 2))
         places = np.searchsorted(values, np.quantile(scores, np.concatenate([even, tail]), method="lower"))
@@ -234,9 +234,9 @@ def _grid(scores: np.ndarray, size: int) -> np.ndarray:
 def _on_grid(
     confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, grids: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and mean cost of every policy on the grid, each an array with an axis for every threshold."""
+    """Return accuracy and mean cost of every policy on the grid, as arrays with an axis for each threshold."""
     n, free = len(confidences), len(grids)
-    # With threshold number j, the samples above j in this count leave.
+    # With threshold number j, the samples whose count is above j exit.
     above = np.stack(
         [np.searchsorted(grid, confidences[:, column], side="left") for column, grid in enumerate(grids)], axis=1
     )
@@ -249,12 +249,12 @@ def _on_grid(
         rights = np.bincount(cells, weights=correct[:, column], minlength=int(np.prod(shape))).reshape(shape)
         for table in (counts, rights):
             for axis in range(len(shape)):
-                if axis == column:  # these leave here
+                if axis == column:  # these exit here
                     reversed_axis = np.flip(table, axis)
                     np.cumsum(reversed_axis, axis=axis, out=reversed_axis)
-                else:  # these did not leave before
+                else:  # these did not exit before
                     np.cumsum(table, axis=axis, out=table)
-        # Threshold j keeps counts up to j, and lets those from j + 1 on go.
+        # At threshold j, samples with counts from j + 1 on exit.
         part = tuple(slice(1, None) if axis == column else slice(None, -1) for axis in range(len(shape)))
         right = right[..., None] + rights[part] if column < free else right + rights[part]
         spent = (
@@ -264,7 +264,7 @@ def _on_grid(
 
 
 def undominated(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the policies that none beats in both, by cost; of equal ones, one."""
+    """Return the indices of the policies that no other dominates, by cost, and one of those that are equal."""
     order = np.lexsort((-accuracy, cost))
     best = np.maximum.accumulate(accuracy[order])
     better = np.concatenate([[True], best[1:] > best[:-1]])
@@ -272,21 +272,20 @@ def undominated(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 POLISHING_ROUNDS = 4
-# Policies that are moved in a round; those between find their place next to them.
+# Policies that are improved in a round, spread evenly over the frontier.
 POLISHED_AT_ONCE = 200
 
 
 def polished(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """
-    Improves policies: those that no other beats, of them and of what comes of moving one threshold at a time, four
-    times over.
+    Improve policies by moving one threshold at a time, in four rounds.
 
     Args:
         confidences, correct, costs (`np.ndarray`): As for [`exact_frontier`].
-        thresholds (`np.ndarray` of shape `(policies, columns)`): Policies of which none beats another.
+        thresholds (`np.ndarray` of shape `(policies, columns)`): Policies of which none dominates another.
 
     Returns:
-        `np.ndarray` of shape `(more policies, columns)`.
+        `np.ndarray` of shape `(m, columns)`: the undominated policies among the given and the new ones.
     """
     free = thresholds.shape[1] - 1
     orders = np.argsort(-confidences[:, :free], axis=0, kind="stable")
@@ -305,7 +304,7 @@ def polished(confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, th
                 moved, new_accuracy, new_cost = _moved(
                     confidences, correct, costs, policy, column, orders[:, column], possible[column]
                 )
-                # Of the policies there, the best that costs no more.
+                # Compare each with the most accurate policy that costs no more.
                 place = np.searchsorted(cost, new_cost, side="right") - 1
                 better = (place < 0) | (new_accuracy > accuracy[np.maximum(place, 0)])
                 found.append((moved[better], new_accuracy[better], new_cost[better]))
@@ -324,12 +323,13 @@ def _moved(
     order: np.ndarray,
     possible: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A policy with one column's threshold at each value that no other of that column beats; accuracies and costs."""
+    """Return a policy with one threshold at each of its undominated values, and their accuracies and costs."""
     n, free = len(confidences), len(policy) - 1
-    leaves = confidences[:, :free] > policy[:free]
-    leaves[:, column] = False
-    answers = np.where(leaves.any(axis=1), leaves.argmax(axis=1), free)
-    # Who gets here, surest first. Those up to some place leave; the others go on to where they are answered.
+    exits = confidences[:, :free] > policy[:free]
+    exits[:, column] = False
+    answers = np.where(exits.any(axis=1), exits.argmax(axis=1), free)
+    # The samples that reach this column, by descending confidence. A threshold exits the first of them; the others go
+    # on to where they are answered now.
     here = order[answers[order] > column]
     later = answers[here]
     right = correct[np.arange(n), answers].sum() + np.cumsum(

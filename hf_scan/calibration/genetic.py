@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The paper's threshold search: a genetic algorithm with a gene of bits for each classifier."""
+"""Search thresholds as the paper does, with a genetic algorithm: [`genetic_search`]."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from .policy import check_table, evaluate_policies
 @dataclass(frozen=True)
 class GeneticSearchResult:
     """
-    What [`genetic_search`] found.
+    The result of [`genetic_search`].
 
     Args:
-        thresholds (`list[float]`): One per column; the last is 0.0, since whatever gets there is answered there.
+        thresholds (`list[float]`): One per column. The last is 0.0, as it answers every sample that reaches it.
         accuracy (`float`): In [0, 1], on the scores that were searched on.
         cost (`float`): Mean cost there.
         fitness (`float`): The best fitness.
@@ -50,23 +50,22 @@ def genetic_search(
     progress: bool = True,
 ) -> GeneticSearchResult:
     """
-    Searches thresholds for the largest `acceleration + beta * (accuracy - baseline)`, where the acceleration is
-    the plain network's cost over the mean cost, and accuracies count in points.
+    Search the thresholds with the largest fitness, `acceleration + beta * (accuracy - baseline)`, where the
+    acceleration is the plain network's cost over the mean cost, and accuracies are in points.
 
-    A gene of `bits` bits stands for each threshold, `1 - threshold_range * mean(bits)`, moved halfway between the two
-    scores that it lies between ([`possible_thresholds`]), so that rounding moves no sample across. Parents are chosen
-    by tournament and crossed at two points, one bit of each child is flipped, and the best policy is never lost.
+    Each threshold has a gene of `bits` bits. It is `1 - threshold_range * mean(bits)`, moved halfway between the two
+    scores around it ([`possible_thresholds`]), so that rounding moves no sample across. Parents are selected by
+    tournament and crossed at two points, `mutated_bits` bits of each child are flipped, and the best policy is kept.
 
     Source: the genetic algorithm of SCAN (Zhang et al., NeurIPS 2019), with the encoding and the fitness of a
     published re-implementation; one gene per classifier.
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): Confidence of each possible answer, shallow to deep. A
-            sample that is confident nowhere is answered by the last column.
+            sample whose confidence is above no threshold is answered by the last column.
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
         costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
-        plain_cost (`float`, *optional*): What the network costs without early exits. Defaults to the last column's
-            cost.
+        plain_cost (`float`, *optional*): Cost of the network without early exits. Defaults to the last column's.
         beta (`float`, *optional*, defaults to 0.5): Acceleration that a point of accuracy is worth.
         baseline_accuracy (`float`, *optional*): In [0, 1]. Defaults to the last column's.
         threshold_range (`float`, *optional*, defaults to 0.3): Thresholds lie in [1 - threshold_range, 1].
@@ -83,7 +82,7 @@ def genetic_search(
 
     Raises:
         `ValueError`: if the arrays do not belong together, are empty, or hold NaN, if confidences are not in [0, 1] or
-            costs fall with depth, or if a setting is out of range.
+            costs decrease with depth, or if a setting is out of range.
 
     Example:
 
@@ -162,11 +161,11 @@ def genetic_search(
 
 def _check_confidences(confidences: np.ndarray) -> None:
     if confidences.shape[1] == 1:
-        raise ValueError("`confidences` has one column, so that there is no threshold to search.")
+        raise ValueError("`confidences` has one column; expected two or more, as the last has no threshold.")
     if confidences.min() < 0 or confidences.max() > 1:
         raise ValueError(
             f"`confidences` lie between {confidences.min():.3g} and {confidences.max():.3g}; thresholds are searched "
-            "in [0, 1], so bring them there."
+            "in [0, 1]. Rescale them to it."
         )
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Whether images in use still leave where they left when thresholds were found: [`ExitMonitor`]."""
+"""Watch whether images in use still exit where they did when thresholds were found: [`ExitMonitor`]."""
 
 import threading
 from collections.abc import Iterator
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# A test by counts wants so many to be expected in each cell, of the smaller sample too.
+# The least expected count in each cell of the chi-squared test, in the smaller sample too.
 LEAST_IN_CELL = 5
 
 
 @dataclass(frozen=True)
 class Drift:
     """
-    How far images in use are from those that thresholds were found on.
+    A comparison of images in use with those that thresholds were found on.
 
     Args:
         distance (`float`): Total variation distance of the two distributions over exits and confidences: the share of
-            images that would have to leave elsewhere, or more or less surely. Between samples of one kind it is not 0,
-            but shrinks with their size.
-        p_value (`float`): How likely two samples of one kind are at least as far apart, by the chi-squared test. For
-            one look at the counts; who looks often will see small ones by chance.
-        n (`int`): Images since the last reset.
+            images that would have to exit elsewhere or with another confidence. Between two samples of the same
+            distribution it is not 0, but shrinks with their size.
+        p_value (`float`): The p-value of the chi-squared test under H0: both samples have the same distribution. It
+            holds for one test; repeated ones give small values by chance.
+        n (`int`): Number of images since the last reset.
     """
 
     distance: float
@@ -47,13 +47,13 @@ class Drift:
 @dataclass(frozen=True)
 class Disagreement:
     """
-    How often the adaptive answer is another one than the deepest exit's, by shadow sampling.
+    An estimate of how often the adaptive answer differs from the deepest exit's, by shadow sampling.
 
     Args:
-        rate (`float`): In [0, 1]; NaN while there are no samples.
-        low (`float`): Lower end of the exact binomial 95 % interval.
-        high (`float`): Its upper end.
-        n (`int`): Images that were also run to the end.
+        rate (`float`): The rate in [0, 1]; NaN while there are no samples.
+        low (`float`): Lower end of its exact binomial 95 % confidence interval.
+        high (`float`): Upper end of it.
+        n (`int`): Number of images that were also run to the end.
     """
 
     rate: float
@@ -64,16 +64,16 @@ class Disagreement:
 
 class ExitMonitor:
     """
-    Answers images as `predict_adaptive` does, and keeps count of where they leave and how sure they are, against what
-    was seen when the thresholds were found. It needs no labels. Where the model's exit configuration changes, counting
-    begins anew against the new reference.
+    A monitor that answers images as `predict_adaptive` does and counts exits and confidences, for comparison with
+    those when the thresholds were found. It needs no labels. When the model's exit configuration changes, counting
+    starts anew with the new reference.
 
     It is a collector of `prometheus_client`: `prometheus_client.REGISTRY.register(monitor)`.
 
     Args:
         model ([`ScanForImageClassification`]): With an exit configuration that [`calibrate`] made.
-        shadow_every (`int`, *optional*): Of so many images one also runs to the end, after its answer is known, to see
-            whether that is the deepest exit's. Defaults to none.
+        shadow_every (`int`, *optional*): Run one of so many images to the end as well, to compare its answer with the
+            deepest exit's. Defaults to none.
 
     Raises:
         `ValueError`: if the exit configuration holds no reference or one of another network, or `shadow_every` is
@@ -106,7 +106,7 @@ class ExitMonitor:
         self._follow(model.exit_config)
 
     def _follow(self, config: ExitConfig) -> None:
-        """Take another reference, and count anew, where the rule or its reference is no longer the same."""
+        """Take the reference of an exit configuration, and start counting anew if it or the rule has changed."""
         with self._lock:
             seen = config.reference or {}
             if self._rule and config.rule == self._rule and seen.get("counts") == self._seen:
@@ -130,7 +130,7 @@ class ExitMonitor:
 
     def predict(self, pixel_values: torch.Tensor) -> AdaptiveOutput:
         """
-        [`~AdaptiveInferenceMixin.predict_adaptive`], counted.
+        Answer images by [`~AdaptiveInferenceMixin.predict_adaptive`], and count the answers.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): The images.
@@ -139,7 +139,7 @@ class ExitMonitor:
             [`AdaptiveOutput`]
 
         Raises:
-            `ValueError`: if the model's exit configuration was replaced by one that holds no reference.
+            `ValueError`: if the model's exit configuration was replaced by one without a reference.
         """
         self._follow(self.model.exit_config)
         answers = self.model.predict_adaptive(pixel_values.to(self.model.device, self.model.dtype))
@@ -151,8 +151,8 @@ class ExitMonitor:
         Count answers that were given elsewhere, such as in a stream. Samples that were skipped are left out.
 
         Args:
-            answers ([`AdaptiveOutput`]): By the model's own exit configuration. Where this has changed, counting
-                begins anew.
+            answers ([`AdaptiveOutput`]): Answers by the model's own exit configuration. If this has changed, counting
+                starts anew.
             pixel_values (`torch.Tensor`, *optional*): Their images, in the order of the answers, for shadow sampling.
 
         Raises:
@@ -184,17 +184,17 @@ class ExitMonitor:
 
     @property
     def exit_shares(self) -> list[float]:
-        """Share of the images that each exit answered, and at last the ensemble, since the last reset."""
+        """Return the share of images that each exit answered and, last, the ensemble, since the last reset."""
         counts = self.counts
         return (counts.sum(axis=1) / max(1, counts.sum())).tolist()
 
     @property
     def exit_shares_at_calibration(self) -> list[float]:
-        """The same, when the thresholds were found."""
+        """Return the same shares when the thresholds were found."""
         return (self.reference.sum(axis=1) / self.reference.sum()).tolist()
 
     def drift(self) -> Drift:
-        """Compares what was counted with what was seen when the thresholds were found."""
+        """Compare the images since the last reset with those that the thresholds were found on."""
         counts = self.counts
         n = int(counts.sum())
         if n == 0:
@@ -206,7 +206,7 @@ class ExitMonitor:
         return Drift(distance=float(abs(shares[0] - shares[1]).sum() / 2), p_value=p_value, n=n)
 
     def disagreement(self) -> Disagreement:
-        """What shadow sampling found so far."""
+        """Return the disagreement that shadow sampling has found since the last reset."""
         with self._lock:
             differing, n = self._disagreeing, self._shadowed
         if n == 0:
@@ -215,7 +215,7 @@ class ExitMonitor:
         return Disagreement(differing / n, float(interval.low), float(interval.high), n)
 
     def collect(self) -> Iterator[Any]:
-        """The metrics, for `prometheus_client`. Exits are labelled from 0; the last one is the ensemble."""
+        """Yield the metrics for `prometheus_client`. Exits are labelled from 0; the last label is the ensemble's."""
         try:
             from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
         except ImportError as error:
@@ -244,8 +244,8 @@ def _reference_of(config: ExitConfig, num_exits: int) -> np.ndarray:
     """Return the counts of a reference, `(num_exits + 1, bins)`."""
     if config.reference is None:
         raise ValueError(
-            "The exit configuration does not hold what was seen when its thresholds were found. Find them with "
-            "`calibrate`, whose result does."
+            "The exit configuration has no `reference` to compare with. Find thresholds with `calibrate`, which "
+            "records one."
         )
     reference = np.array(config.reference["counts"])
     if len(reference) != num_exits + 1:
@@ -259,12 +259,12 @@ def _reference_of(config: ExitConfig, num_exits: int) -> np.ndarray:
 
 def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndarray:
     """
-    How many answers each exit gave with which confidence.
+    Count how many answers each exit gave with which confidence.
 
     Args:
         answers ([`AdaptiveOutput`]): The answers.
-        num_exits (`int`): Exits of the network.
-        bins (`int`): Parts of equal width that confidences are counted in.
+        num_exits (`int`): Number of exits of the network.
+        bins (`int`): Number of bins of equal width over [0, 1].
 
     Returns:
         `np.ndarray` of shape `(num_exits + 1, bins)`: the last row is the ensemble's.
@@ -276,7 +276,7 @@ def count_answers(answers: AdaptiveOutput, num_exits: int, bins: int) -> np.ndar
 
 
 def _merged_cells(both: np.ndarray) -> np.ndarray:
-    """Neighbours put together until each cell holds enough."""
+    """Merge neighbouring cells, `(2, cells)`, until the expected count of each is large enough for the test."""
     smaller_share = both.sum(axis=1).min() / both.sum()
     merged: list[np.ndarray] = []
     current = np.zeros(2, dtype=both.dtype)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What thresholds give on cached scores."""
+"""Evaluate thresholds on cached scores."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ def evaluate_policies(
     confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Accuracy and mean cost of policies on cached scores.
+    Return the accuracy and mean cost of policies on cached scores.
 
     Args:
         confidences (`np.ndarray` of shape `(n, columns)`): As for [`answering_column`].
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
-        costs (`np.ndarray` of shape `(columns,)`): What it costs to be answered by each column.
+        costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
         thresholds (`np.ndarray` of shape `(policies, columns)`): The policies.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: accuracies in [0, 1] and mean costs, of shape `(policies,)`.
 
     Raises:
-        `ValueError`: as [`check_table`], or if there are not as many thresholds as columns.
+        `ValueError`: as [`check_table`], or if the number of thresholds is not that of the columns.
     """
     confidences, correct, costs = check_table(confidences, correct, costs)
     thresholds = np.atleast_2d(np.asarray(thresholds, dtype=float))
     accuracies, mean_costs = [np.empty(0)], [np.empty(0)]
-    at_once = max(1, 2**24 // max(1, len(confidences)))  # so that the answers of all take little memory
+    at_once = max(1, 2**24 // max(1, len(confidences)))  # policies, so that their answers take little memory
     for start in range(0, len(thresholds), at_once):
         answers = answering_column(confidences, thresholds[start : start + at_once])
         accuracies.append(np.take_along_axis(correct, answers.T, axis=1).mean(axis=0))
@@ -41,11 +41,11 @@ def check_table(
     confidences: np.ndarray, correct: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    The arguments of [`evaluate_policies`] as arrays.
+    Check the arguments of [`evaluate_policies`], and return them as arrays.
 
     Raises:
         `ValueError`: if they are not numbers, do not belong together, are empty, or hold NaN, if `correct` holds
-            anything but truth values, or if costs are not above 0 or fall with depth.
+            numbers other than 0 and 1, or if costs are not above 0 or decrease with depth.
     """
     confidences, correct, costs = (
         _numbers(name, values)
@@ -62,13 +62,13 @@ def check_table(
         raise ValueError("`confidences` must be finite; look for NaN in the logits.")
     if correct.dtype != bool and not np.isin(correct, (0, 1)).all():
         raise ValueError(
-            "`correct` holds other numbers than 0 and 1; expected whether each answer is right, such as "
+            "`correct` holds numbers other than 0 and 1; expected whether each answer is right, such as "
             "`predictions == labels[:, None]`."
         )
     if not (np.isfinite(costs).all() and (costs > 0).all()):
         raise ValueError(f"`costs` is {costs.tolist()}; expected finite numbers above 0.")
     if (np.diff(costs) < 0).any():
-        raise ValueError(f"`costs` is {costs.tolist()}; expected cumulative costs, which do not fall with depth.")
+        raise ValueError(f"`costs` is {costs.tolist()}; expected cumulative costs, which do not decrease with depth.")
     return confidences, correct.astype(bool, copy=False), costs.astype(float, copy=False)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Checks of the arguments of [`calibrate`]."""
+"""Check the arguments of [`calibrate`]."""
 
 import inspect
 from typing import Any
@@ -21,9 +21,9 @@ def check_roles(config: ExitConfig, tables: list[ExitTable], given: bool) -> Non
     certified_on = (config.guarantee or {}).get("fingerprint")
     if tables[0].fingerprint == certified_on:
         raise ValueError(
-            f"The {tables[0].split!r} split certified the thresholds that the model has; a search on it would undo "
-            "that. Search on other images, or set `model.exit_config.guarantee` aside first with "
-            "`model.exit_config.replace(guarantee=None)`."
+            f"The {tables[0].split!r} split certified the thresholds that the model has; searching on it would "
+            "invalidate the guarantee. Search on other images, or drop the guarantee first: `model.exit_config = "
+            "model.exit_config.replace(guarantee=None)`."
         )
     if given:
         check_not_among(tables[1], config.searched_on, "Thresholds were searched")
@@ -37,7 +37,7 @@ def check_target(
     certify_dataset: Any,
     search_kwargs: dict[str, Any],
 ) -> None:
-    """Check what [`calibrate`] is asked for, before any image is looked at; its arguments go by the same names."""
+    """Check the target and the arguments of [`calibrate`] that have the same names, before images are read."""
     if guarantee is not None:
         check_bound(guarantee)
     for name, value in target.items():
@@ -46,10 +46,10 @@ def check_target(
     if len(target) > 1:
         raise ValueError(f"{' and '.join(f'`{name}`' for name in target)} are given; pass one of them.")
     if (target or guarantee is not None) and search_kwargs:
-        raise TypeError(f"{sorted(search_kwargs)} are for the genetic search, which runs where no target is given.")
+        raise TypeError(f"{sorted(search_kwargs)} are for the genetic search, which runs only without a target.")
     if unknown := sorted(set(search_kwargs) - set(inspect.signature(genetic_search).parameters)):
         raise TypeError(
-            f"`calibrate` knows no {unknown}; expected one of its targets, or settings of `genetic_search`."
+            f"`calibrate` has no arguments {unknown}; expected one of its targets, or arguments of `genetic_search`."
         )
     if certify_dataset is not None and guarantee is None:
         raise ValueError(
@@ -58,7 +58,7 @@ def check_target(
     if latency not in ("mean", "p95"):
         raise ValueError(f"`latency` is {latency!r}; expected 'mean' or 'p95'.")
     if latency == "p95" and batch_size != 1:
-        raise ValueError("`latency='p95'` is for single images: the images of a batch have their answers together.")
+        raise ValueError("`latency='p95'` is for single images: the images of a batch are answered together.")
     for name, value in target.items():
         if name == "min_accuracy" and not 0 < value <= 1:
             raise ValueError(f"`min_accuracy` is {value}; expected a share in (0, 1], such as 0.95.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Costs of stages and heads: multiplications counted, milliseconds measured, speed-ups predicted and realised."""
+"""Count multiplications and parameters of stages and heads, measure milliseconds, predict and measure speed-ups."""
 
 from .cost_model import CostModel
 from .measure import (

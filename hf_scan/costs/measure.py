@@ -1,6 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What each stage and each head costs: multiplications and parameters counted, milliseconds measured, and what early
-exits are worth in these terms."""
+"""Count the multiplications and parameters of stages and heads, and measure their milliseconds and the speed-up."""
 
 import copy
 import math
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 def count_macs(model: "ScanForImageClassification") -> ExitCosts:
     """
-    Counts the MACs of one image of `config.image_size` with PyTorch's flop counter: convolutions and matrix products,
-    two flops each.
+    Count the MACs of one image of `config.image_size` with PyTorch's flop counter, in convolutions and matrix
+    products. A MAC is two flops.
 
     Args:
         model ([`ScanForImageClassification`]): The network, on any device.
@@ -72,8 +71,14 @@ def count_macs(model: "ScanForImageClassification") -> ExitCosts:
 
 def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
     """
-    Counts the parameters of each stage and head; one that several stages use, with the first of them. Of an exit head,
-    those that it answers with: the projection of its feature for the hint is for training.
+    Count the parameters of each stage and head. A parameter that several stages use counts with the first of them. The
+    projection of an exit head's feature for the hint loss is not counted, as it is used in training only.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network, on any device.
+
+    Returns:
+        [`ExitCosts`]
     """
     if (known := getattr(model, "counted", None)) is not None:
         return ExitCosts(**known["parameters"])
@@ -102,24 +107,24 @@ def measure_costs(
     rounds: int = 7,
 ) -> MeasuredCosts:
     """
-    Measures what each stage and each head costs on this machine, at the given batch size and at the powers of two
-    below it, since a batch shrinks as images leave. The parts are timed on their way through the network, one after
-    another as they really run, because each finds the caches as the part before left them; a head with the decision
-    that its answer is for; the plain backbone in turns with them, compiled where the stages are.
+    Measure the milliseconds of each stage and head on this machine, at the given batch size and at the powers of two
+    below it, as a batch shrinks when images exit. The parts are timed one after another in a pass through the network,
+    because each finds the caches as the part before left them, and a head together with the decision that it is for.
+    The plain backbone is timed in turns with them, compiled if the stages are.
 
     Args:
-        model ([`ScanForImageClassification`]): In evaluation mode, in the memory format that it is used in.
-        batch_size (`int`, *optional*, defaults to 1): Images at a time.
-        dtype (`torch.dtype`, *optional*): Numbers to compute with. Defaults to the model's.
-        threads (`int`, *optional*): Threads to compute with, on a CPU. Defaults to PyTorch's current number.
+        model ([`ScanForImageClassification`]): The network in evaluation mode, in the memory format that it is used
+        in. batch_size (`int`, *optional*, defaults to 1): Number of images in a batch.
+        dtype (`torch.dtype`, *optional*): The type to compute with. Defaults to the model's.
+        threads (`int`, *optional*): Number of threads, on a CPU. Defaults to PyTorch's current number.
         device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
             device, or with another `dtype`, a copy is measured, whose stages are not compiled.
-        rounds (`int`, *optional*, defaults to 7): Times that each batch size is measured, for at least 50
-            milliseconds each.
+        rounds (`int`, *optional*, defaults to 7): How often each batch size is measured, for at least 50 milliseconds
+            each.
 
     Returns:
-        [`MeasuredCosts`]. `model.exit_config = model.exit_config.replace(costs=costs)` has them saved with
-        the model.
+        [`MeasuredCosts`]. After `model.exit_config = model.exit_config.replace(costs=costs)`, they are saved with the
+        model.
 
     Raises:
         `ValueError`: if the model is in training mode, or `batch_size`, `threads` or `rounds` are below 1.
@@ -186,7 +191,7 @@ def measure_costs(
 def _time_parts(
     model: "ScanForImageClassification", images: torch.Tensor, plain: Callable[[torch.Tensor], object]
 ) -> list[float]:
-    """Seconds of each stage and its head, in their order, and of the plain network."""
+    """Return the seconds of each stage and its head, in order, and of the plain network."""
     if hasattr(model, "time_parts"):  # an exported network runs a stage and its head in one
         return model.time_parts(images)
     state = StageState.from_images(images)
@@ -196,7 +201,7 @@ def _time_parts(
         state = model.run_stage(index, state)
         middle = timer()
         confidence = confidence_of(model.run_exit(index, state))
-        int((confidence > 0.5).sum())  # what it takes to decide who leaves
+        int((confidence > 0.5).sum())  # the decision waits for the device
         seconds += [middle - start, timer() - middle]
     start = timer()
     plain(images)
@@ -205,8 +210,7 @@ def _time_parts(
 
 def _plain(model: "ScanForImageClassification") -> Callable[[torch.Tensor], object]:
     """
-    Return the network without early exits, compiled like the stages where these are. Of a truncated one, nothing else
-    is left than itself.
+    Return the network without early exits, compiled if the stages are. A truncated network is its own.
     """
     if model.config.truncated:
         return model
@@ -226,18 +230,19 @@ def realised_speedup(
     rounds: int = 7,
 ) -> RealisedSpeedup:
     """
-    Measures adaptive inference against the plain backbone, on real images, in turns, as medians over rounds.
+    Measure the latency of adaptive inference and of the plain backbone on real images, in turns, as medians over
+    rounds.
 
     Args:
-        model ([`ScanForImageClassification`]): In evaluation mode, with an exit configuration.
-        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): On the model's device, in its memory
-            format; each round runs all of them.
-        batch_size (`int`, *optional*, defaults to 1): Images at a time.
-        plain (`Callable`, *optional*): What to compare with. Defaults to `model.backbone`, which is
-            compiled with the same arguments where the model's stages are.
+        model ([`ScanForImageClassification`]): The network in evaluation mode, with an exit configuration.
+        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): Images on the model's device, in its
+            memory format. Each round runs all of them.
+        batch_size (`int`, *optional*, defaults to 1): Number of images in a batch.
+        plain (`Callable`, *optional*): The network to compare with. Defaults to `model.backbone`, compiled with the
+            same arguments if the model's stages are.
         refilled (`bool`, *optional*, defaults to `False`): Whether to measure `predict_adaptive_stream` rather than
             `predict_adaptive`.
-        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
+        rounds (`int`, *optional*, defaults to 7): How often each is measured.
 
     Returns:
         [`RealisedSpeedup`]
@@ -256,9 +261,9 @@ def realised_speedup(
                 network(batch)
 
     seconds = interleaved_medians({"plain": run_plain, "adaptive": answers}, rounds=rounds, seconds_per_round=0.0)
-    # What answers with the most confident of all exits has left at none of them.
-    leaving = model.exit_config.replace(fallback="ensemble")
-    exits = torch.cat([model.predict_adaptive(batch, leaving).exit_index for batch in batches])
+    # Where samples exit, not which exit the fallback answers with.
+    exiting = model.exit_config.replace(fallback="ensemble")
+    exits = torch.cat([model.predict_adaptive(batch, exiting).exit_index for batch in batches])
     return RealisedSpeedup(
         batch_size=batch_size,
         refilled=refilled,
@@ -272,12 +277,12 @@ def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 7, seconds_per_round: float = 0.2
 ) -> dict[str, float]:
     """
-    Median seconds of several calls, measured in turns, so that a machine that slows down does so for all of them.
+    Return the median seconds of several calls, measured in turns, so that a machine that slows down affects all alike.
 
     Args:
-        calls (`Mapping[str, Callable]`): What to time, by name.
-        rounds (`int`, *optional*, defaults to 7): Times that each is measured.
-        seconds_per_round (`float`, *optional*, defaults to 0.2): How long each measurement takes at least; a call is
+        calls (`Mapping[str, Callable]`): The calls to time, by name.
+        rounds (`int`, *optional*, defaults to 7): How often each is measured.
+        seconds_per_round (`float`, *optional*, defaults to 0.2): The least duration of a measurement. A call is
             repeated to fill it.
 
     Returns:
@@ -299,7 +304,7 @@ def interleaved_medians(
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:
-    """The machine in words, for figures that were measured on it."""
+    """Describe the machine in words, for figures that were measured on it."""
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
     cpu = next(
@@ -310,7 +315,7 @@ def describe_machine(device: torch.device | str = "cpu") -> str:
 
 
 def _example(model: "ScanForImageClassification", batch_size: int, fill: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Images as the model takes them: of its size and type, on its device and in its memory format."""
+    """Create images of the model's size and type, on its device and in its memory format."""
     size = model.config.image_size
     assert size is not None  # the network filled it in
     if hasattr(model, "manifest"):

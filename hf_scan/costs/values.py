@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Costs of stages and heads as values, and the speed-ups that follow from them."""
+"""Hold the costs of stages and heads, and compute the speed-ups that follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from ..model.exit_rule import plan_exits
 @dataclass(frozen=True)
 class ExitCosts:
     """
-    One number for each stage and each head: multiply-accumulate operations (MACs), parameters, or milliseconds.
+    A cost for each stage and each head: multiply-accumulate operations (MACs), parameters, or milliseconds.
 
     Args:
         stages (`list[float]`): One per stage.
@@ -27,18 +27,18 @@ class ExitCosts:
 
     @property
     def plain(self) -> float:
-        """The backbone without early exits."""
+        """Return the cost of the backbone without early exits."""
         return sum(self.stages) + self.heads[-1]
 
     def cumulative(self, exit_config: ExitConfig | None = None) -> list[float]:
         """
-        All that has run when an exit answers, earlier heads included.
+        Return the cost of everything that has run when an exit answers, earlier heads included.
 
         Args:
-            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
+            exit_config ([`ExitConfig`], *optional*): Decides which heads run. Defaults to all of them.
 
         Returns:
-            `list[float]`: one per exit, and a last one for the ensemble, whose mean costs nothing to speak of.
+            `list[float]`: one per exit, and a last one for the ensemble, whose mean is taken to cost nothing.
         """
         total: float = 0
         costs = []
@@ -48,11 +48,11 @@ class ExitCosts:
         return [*costs, total]
 
     def relative(self, exit_config: ExitConfig | None = None) -> list[float]:
-        """The cumulative costs as shares of the plain backbone's."""
+        """Return the cumulative costs as shares of the plain backbone's."""
         return [cost / self.plain for cost in self.cumulative(exit_config)]
 
     def heads_that_run(self, exit_config: ExitConfig | None = None) -> list[float]:
-        """The heads' costs, 0 for those that the exit configuration does not run."""
+        """Return the heads' costs, 0 for those that the exit configuration does not run."""
         if exit_config is None:
             return list(self.heads)
         return [cost if runs else 0 for cost, (runs, _) in zip(self.heads, plan_exits(exit_config, len(self.heads)))]
@@ -61,17 +61,18 @@ class ExitCosts:
 @dataclass(frozen=True)
 class MeasuredCosts:
     """
-    What [`measure_costs`] found. `exit_config.costs` holds it as a dictionary.
+    The result of [`measure_costs`]. `exit_config.costs` holds it as a dictionary.
 
     Args:
-        macs ([`ExitCosts`]): MACs of one image. Computed from the shapes.
+        macs ([`ExitCosts`]): MACs of one image, computed from the shapes.
         parameters ([`ExitCosts`]): Parameters, each counted with the first part that uses it.
-        milliseconds (`dict[int, ExitCosts]`): By batch size, the median time of each part for a whole batch.
-        spread (`dict[int, ExitCosts]`): Likewise, its interquartile range.
-        plain (`dict[int, float]`): By batch size, the median milliseconds of the whole backbone without exits.
-        dtype (`str`): Numbers that were computed with.
-        threads (`int`): Threads that computed, on a CPU.
-        machine (`str`): What it was measured on, in words.
+        milliseconds (`dict[int, ExitCosts]`): Median milliseconds of each part for a whole batch, by batch size.
+        spread (`dict[int, ExitCosts]`): Interquartile range of the same.
+        plain (`dict[int, float]`): Median milliseconds of the whole backbone without exits for a whole batch, by batch
+            size.
+        dtype (`str`): The type that was computed with.
+        threads (`int`): Number of threads, on a CPU.
+        machine (`str`): The machine, in words.
     """
 
     macs: ExitCosts
@@ -85,16 +86,16 @@ class MeasuredCosts:
 
     @property
     def batch_size(self) -> int:
-        """The largest that was measured."""
+        """Return the largest batch size that was measured."""
         return max(self.milliseconds)
 
     def cumulative(self, exit_config: ExitConfig | None = None, batch_size: int | None = None) -> list[float]:
         """
-        Milliseconds for one image of a full batch until an exit answers, as [`ExitCosts.cumulative`].
+        Return the milliseconds for one image of a full batch until an exit answers, as [`ExitCosts.cumulative`].
 
         Args:
-            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
-            batch_size (`int`, *optional*): One of those measured. Defaults to the largest.
+            exit_config ([`ExitConfig`], *optional*): Decides which heads run. Defaults to all of them.
+            batch_size (`int`, *optional*): One of the sizes measured. Defaults to the largest.
         """
         size = batch_size or self.batch_size
         return [milliseconds / size for milliseconds in self._measured(size).cumulative(exit_config)]
@@ -107,18 +108,18 @@ class MeasuredCosts:
         refilled: bool = False,
     ) -> float:
         """
-        Milliseconds for one image, computed from those of the parts and from how many images each exit answers.
+        Compute the expected milliseconds for one image from those of the parts and the share of images at each exit.
 
-        Images leave independently of each other, so how many of a batch are left is binomial. The time of a stage for
+        Images exit independently of each other, so the number left in a batch is binomial. The time of a stage for
         that many is interpolated between the sizes measured.
 
         Args:
-            shares (`Sequence[float]`): Share of the images that leave at each exit, and at last of those that leave
-                at none, whatever answers them.
-            exit_config ([`ExitConfig`], *optional*): Says which heads run. Defaults to all of them.
-            batch_size (`int`, *optional*): One of those measured. Defaults to the largest.
+            shares (`Sequence[float]`): Share of the images that exit at each exit and, last, of those that the
+                fallback answers, with whichever exit.
+            exit_config ([`ExitConfig`], *optional*): Decides which heads run. Defaults to all of them.
+            batch_size (`int`, *optional*): One of the sizes measured. Defaults to the largest.
             refilled (`bool`, *optional*, defaults to `False`): Whether stages run full batches to the end, as in
-                `predict_adaptive_stream`, rather than what is left of one, as in `predict_adaptive`.
+                `predict_adaptive_stream`, rather than batches that shrink, as in `predict_adaptive`.
 
         Raises:
             `ValueError`: if the batch size was not measured, or `shares` does not hold one share more than there are
@@ -130,7 +131,7 @@ class MeasuredCosts:
         if len(shares) != num_exits + 1 or not abs(sum(shares) - 1) < 1e-3:
             raise ValueError(
                 f"`shares` is {list(shares)}; expected {num_exits + 1} shares of the images that add up to 1: one for "
-                "each exit, and one for those that leave at none."
+                "each exit, and one for those that the fallback answers."
             )
         sizes = [0, *sorted(self.milliseconds)]
         total = 0.0
@@ -157,7 +158,7 @@ class MeasuredCosts:
         return self.milliseconds[batch_size]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON values."""
         values = asdict(self)
         for name in ("milliseconds", "spread", "plain"):
             values[name] = {str(size): value for size, value in values[name].items()}
@@ -165,7 +166,7 @@ class MeasuredCosts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MeasuredCosts":
-        """The inverse of [`MeasuredCosts.to_dict`]."""
+        """Create the costs from what [`MeasuredCosts.to_dict`] returned."""
         read = dict(values)
         for name in ("macs", "parameters"):
             read[name] = ExitCosts(**values[name])
@@ -183,13 +184,12 @@ def predicted_speedup(
     refilled: bool = False,
 ) -> float:
     """
-    The plain backbone's time over what adaptive inference should take: [`MeasuredCosts.expected_milliseconds`], whose
-    arguments these are. Computed.
+    Compute the speed-up of adaptive inference: the plain backbone's latency over the expected latency,
+    [`MeasuredCosts.expected_milliseconds`].
 
     Args:
-        costs ([`MeasuredCosts`]): From [`measure_costs`].
-        shares (`Sequence[float]`): Share of the images that leave at each exit, and at last of those at none.
-        exit_config, batch_size, refilled: as there.
+        costs ([`MeasuredCosts`]): Measured costs.
+        shares, exit_config, batch_size, refilled: As in [`MeasuredCosts.expected_milliseconds`].
     """
     size = batch_size or costs.batch_size
     expected = costs.expected_milliseconds(shares, exit_config, size, refilled)
@@ -199,14 +199,15 @@ def predicted_speedup(
 @dataclass(frozen=True)
 class RealisedSpeedup:
     """
-    What [`realised_speedup`] measured.
+    The result of [`realised_speedup`].
 
     Args:
-        batch_size (`int`): Images at a time.
-        refilled (`bool`): Whether by `predict_adaptive_stream`.
-        plain (`float`): Milliseconds for one image, of the backbone without early exits.
-        adaptive (`float`): The same, of adaptive inference with the model's own exit configuration.
-        shares (`list[float]`): Share of the images that left at each exit, and at last of those that left at none.
+        batch_size (`int`): Number of images in a batch.
+        refilled (`bool`): Whether `predict_adaptive_stream` was measured.
+        plain (`float`): Milliseconds for one image of the backbone without early exits.
+        adaptive (`float`): Milliseconds for one image of adaptive inference with the model's own exit configuration.
+        shares (`list[float]`): Share of the images that exited at each exit and, last, of those that the fallback
+            answered.
     """
 
     batch_size: int
@@ -217,7 +218,7 @@ class RealisedSpeedup:
 
     @property
     def speedup(self) -> float:
-        """The plain time over the adaptive one."""
+        """Return the plain latency over the adaptive one."""
         return self.plain / self.adaptive
 
 

@@ -1,2 +1,2 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""What was measured, as a table, a model card and pictures."""
+"""Report what was measured as a table, a model card and pictures."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The card beside a checkpoint, from a report of measured figures and nothing else."""
+"""Write the model card of a checkpoint from a report of measured figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,27 +28,25 @@ def create_model_card(
     **metadata: Any,
 ) -> ModelCard:
     """
-    Fills the card's template.
+    Fill the template of the card.
 
     Args:
-        model ([`ScanForImageClassification`]): With its exit configuration.
-        report (`Mapping[str, Any]`, *optional*): From [`~hf_scan.reporting.report.exit_report`]. Without one, the
-            card has no figures.
-        facts (`Mapping[str, Any]`): What is known of the figures: `dataset` (its name), `splits` (number of images by
-            name), `evaluated_on` (which of these the report is of; `"test"` by default), `seed`, `machine`, `recipe`
-            (a dictionary) and `frontier` (a picture beside the card).
+        model ([`ScanForImageClassification`]): The network, with its exit configuration.
+        report (`Mapping[str, Any]`, *optional*): A report of [`~hf_scan.reporting.report.exit_report`]. Without one,
+            the card has no figures.
+        facts (`Mapping[str, Any]`): The provenance of the figures: `dataset` (its name), `splits` (number of images by
+            name), `evaluated_on` (the split of the report, `"test"` by default), `seed`, `machine`, `recipe` (a
+            dictionary) and `frontier` (a picture beside the card).
         model_name (`str`): The card's title.
-        tags (`str` or `list[str]`, *optional*): More tags.
-        finetuned_from (`str`, *optional*): The model on the Hub whose weights training began with.
+        tags (`str` or `list[str]`, *optional*): Further tags.
+        finetuned_from (`str`, *optional*): The model on the Hub whose weights training started from.
         include_code (`bool`, *optional*, defaults to `False`): Whether the checkpoint holds its own code.
-        metadata: More of the card's metadata, such as `license`, `language` or `datasets`.
+        metadata: Further metadata of the card, such as `license`, `language` or `datasets`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
     evaluated_on = facts.get("evaluated_on", "test")
-    dataset = facts.get("dataset")
-    rows = [] if report is None else report["rows"][:-1]
     data = ModelCardData(
         library_name="transformers",  # or `pipeline` would refuse to load it by name
         pipeline_tag="image-classification",
@@ -59,20 +57,9 @@ def create_model_card(
         ),
         model_name=model_name,
         base_model=finetuned_from,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset or "unknown",
-                dataset_name=dataset or "unknown",
-                dataset_split=evaluated_on,
-                metric_type="accuracy",
-                metric_name=f"Accuracy, {row['name']}",
-                metric_value=row["accuracy"],
-            )
-            for row in rows
-            if "accuracy" in row
-        ]
-        or None,
+        eval_results=None
+        if report is None
+        else _eval_results(report, facts.get("dataset") or "unknown", evaluated_on) or None,
         **metadata,
     )
     return ModelCard.from_template(
@@ -93,3 +80,20 @@ def create_model_card(
         exit_config=model.exit_config,
         facts=facts,
     )
+
+
+def _eval_results(report: Mapping[str, Any], dataset: str, split: str) -> list[EvalResult]:
+    """Return the accuracies of a report, except the plain backbone's, which is another model."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name=f"Accuracy, {row['name']}",
+            metric_value=row["accuracy"],
+        )
+        for row in report["rows"][:-1]
+        if "accuracy" in row
+    ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of what the exits do. Needs matplotlib."""
+"""Draw what the exits do, with matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..model.evaluation_mode import evaluating
 from ..model.exit_criteria import confidence_of
 from ..model.exit_rule import AdaptiveOutput
 
@@ -26,14 +27,14 @@ def plot_answers(
     columns: int = 4,
 ) -> None:
     """
-    Draws images with the answer each got, where, and how sure it was.
+    Draw images with their answers, the exits that gave them and their confidences.
 
     Args:
         images (`Sequence`): PIL images or arrays.
         answers ([`AdaptiveOutput`]): Their answers.
-        model ([`ScanForImageClassification`]): The network that gave them; it knows the names of the classes.
-        path (`str` or `Path`): The picture to write; its ending gives the format.
-        columns (`int`, *optional*, defaults to 4): Pictures in a row.
+        model ([`ScanForImageClassification`]): The network that gave them, with the names of the classes.
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
+        columns (`int`, *optional*, defaults to 4): Number of images in a row.
     """
     rows = -(-len(images) // columns)
     figure = _figure(2.2 * columns, 2.6 * rows)
@@ -47,7 +48,7 @@ def plot_answers(
 
 
 def describe_answers(answers: AdaptiveOutput, model: "ScanForImageClassification") -> list[str]:
-    """A text for each answer: the class, and below it the exit it came from and its confidence."""
+    """Return a text for each answer: the class, and below it the exit that gave it and its confidence."""
     lines = []
     for logits, exit_index, confidence in zip(answers.logits, answers.exit_index, answers.confidence):
         label = model.config.id2label[int(logits.argmax())]
@@ -58,30 +59,24 @@ def describe_answers(answers: AdaptiveOutput, model: "ScanForImageClassification
 
 def plot_attention(model: "ScanForImageClassification", pixel_values: torch.Tensor, path: str | Path) -> None:
     """
-    Draws what each early exit looks at: a row for each exit, its attention mask over the images, and the answer and
-    its confidence below. The mask is the mean over its channels, bright where much is let through, from the smallest
-    value in the image to the largest. The last row shows the images as they are, with
-    the deepest exit's answer.
+    Draw each early exit's attention: a row for each exit, its mask over the images, with the answer and its confidence
+    below. The mask is the mean over its channels, from dark (the smallest value in the image) to bright (the largest).
+    The last row shows the images without a mask and the deepest exit's answers.
 
-    Source: Zhang et al., "SCAN", NeurIPS 2019, which shows its attention maps so.
+    Source: the attention maps of Zhang et al., "SCAN", NeurIPS 2019.
 
     Args:
         model ([`ScanForImageClassification`]): A trained network with attention modules.
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): A few prepared images.
-        path (`str` or `Path`): The picture to write; its ending gives the format.
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
 
     Raises:
         `ValueError`: if the network has no attention modules.
     """
     if model.config.attention_type == "none":
-        raise ValueError(
-            "The network has no attention modules (`attention_type` is 'none'); there is no mask to show."
-        )
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+        raise ValueError("The network has no attention modules (`attention_type` is 'none'); expected masks to draw.")
+    with evaluating(model), torch.inference_mode():
         output = model(pixel_values.to(model.device, model.dtype), output_attentions=True)
-    model.train(was_training)
     pictures = _undo_preprocessing(model, pixel_values)
     count, size = len(pixel_values), pixel_values.shape[-2:]
     figure = _figure(1.9 * count + 0.6, 2.1 * model.num_exits)
@@ -104,12 +99,12 @@ def plot_attention(model: "ScanForImageClassification", pixel_values: torch.Tens
 
 def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
-    Draws a run: for each exit, its loss on the train images, term by term added up, and, where it was evaluated on the
-    way, its accuracy.
+    Draw a training run: each exit's loss on the train split, as the sum of its terms, and its accuracy where it was
+    evaluated during the run.
 
     Args:
         log_history (`Sequence[Mapping[str, float]]`): A trainer's `state.log_history`.
-        path (`str` or `Path`): The picture to write; its ending gives the format.
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
     """
     losses: dict[str, list[tuple[float, float]]] = {}
     accuracies: dict[str, list[tuple[float, float]]] = {}
@@ -127,7 +122,7 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
     panels = {"loss": losses, "accuracy on the validation split": accuracies}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
-        raise ValueError("The log holds no exit's loss or accuracy; expected the `state.log_history` of a run.")
+        raise ValueError("`log_history` holds no exit's loss or accuracy; expected a trainer's `state.log_history`.")
     figure = _figure(5.0 * len(panels), 3.6)
     for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for exit_name in sorted(curves):
@@ -148,14 +143,14 @@ def plot_frontier(
     points: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """
-    Draws accuracy over cost: the best that thresholds can do, the best that one threshold for all exits can do, and
-    single points such as the policy that was chosen.
+    Draw accuracy over cost: the frontier of thresholds, the frontier of one threshold for all exits, and single points
+    such as the policy that was chosen.
 
     Args:
-        frontier ([`~hf_scan.calibration.Frontier`]): From [`~hf_scan.calibration.exit_frontier`].
-        path (`str` or `Path`): The picture to write; its ending gives the format.
-        unit (`str`): What the cost counts.
-        shared ([`~hf_scan.calibration.Frontier`], *optional*): From
+        frontier ([`~hf_scan.calibration.Frontier`]): A result of [`~hf_scan.calibration.exit_frontier`].
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
+        unit (`str`): The unit of the cost.
+        shared ([`~hf_scan.calibration.Frontier`], *optional*): A result of
             [`~hf_scan.calibration.shared_threshold_frontier`].
         points (`Mapping[str, tuple[float, float]]`, *optional*): Accuracy in [0, 1] and cost, by name.
     """
@@ -174,12 +169,12 @@ def plot_frontier(
 
 def plot_exit_shares(shares: Mapping[str, Sequence[float]], names: Sequence[str], path: str | Path) -> None:
     """
-    Draws how many samples each exit answers, a bar for each split.
+    Draw the share of samples that each exit answers, with a bar for each split.
 
     Args:
-        shares (`Mapping[str, Sequence[float]]`): Of each split, a share in [0, 1] for each name.
-        names (`Sequence[str]`): The exits, and what answers at last.
-        path (`str` or `Path`): The picture to write; its ending gives the format.
+        shares (`Mapping[str, Sequence[float]]`): Shares in [0, 1], one for each name, by split.
+        names (`Sequence[str]`): Names of the exits and of the fallback.
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
     """
     figure = _figure(1.4 * len(names) + 2, 3.6)
     axis = figure.subplots()
@@ -198,18 +193,18 @@ def plot_reliability(
     confidences: np.ndarray, correct: np.ndarray, names: Sequence[str], path: str | Path, bins: int = 10
 ) -> None:
     """
-    Draws, for each exit, how often it is right at each confidence. On the diagonal, confidence says how often. The
-    bars show how many samples there are.
+    Draw a reliability diagram for each exit: accuracy over confidence, which are equal on the diagonal. Bars show the
+    share of samples in each bin.
 
     Source: reliability diagrams and the expected calibration error (ECE) as in Guo et al., "On Calibration of Modern
     Neural Networks", ICML 2017.
 
     Args:
-        confidences (`np.ndarray` of shape `(n, columns)`): In [0, 1].
+        confidences (`np.ndarray` of shape `(n, columns)`): Confidences in [0, 1].
         correct (`np.ndarray` of shape `(n, columns)`): Whether the answers are right.
-        names (`Sequence[str]`): What the columns are.
-        path (`str` or `Path`): The picture to write; its ending gives the format.
-        bins (`int`, *optional*, defaults to 10): Parts of equal width that confidences are put into.
+        names (`Sequence[str]`): Names of the columns.
+        path (`str` or `Path`): The picture to write. Its suffix gives the format.
+        bins (`int`, *optional*, defaults to 10): Number of bins of equal width.
     """
     figure = _figure(2.6 * len(names), 3.0)
     places = np.minimum((confidences * bins).astype(int), bins - 1)
@@ -223,7 +218,7 @@ def plot_reliability(
         axis.plot([0, 1], [0, 1], ":", color="grey")
         axis.plot(mean, right, "o-", markersize=3)
         axis.set(title=f"{name}\nECE {100 * error:.1f} %", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-    figure.axes[0].set_ylabel("share right; grey: share of images")
+    figure.axes[0].set_ylabel("accuracy; grey: share of images")
     figure.savefig(path, dpi=120)
 
 
@@ -236,7 +231,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _undo_preprocessing(model: "ScanForImageClassification", pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images to look at, `(batch_size, height, width, 3)` from 0 to 1."""
+    """Return images to draw, of shape `(batch_size, height, width, 3)` from 0 to 1."""
     settings = model.config.preprocessing
     assert settings is not None  # the network filled it in
     mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))

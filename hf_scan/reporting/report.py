@@ -1,11 +1,12 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The figures of a network as one dictionary, which `metrics.json` holds, and as one table, which people read."""
+"""Collect the figures of a network in a dictionary, for `metrics.json`, and in a table, for people."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..costs.measure import count_macs
-from ..costs.values import MeasuredCosts, RealisedSpeedup, predicted_speedup
+from ..costs.values import ExitCosts, MeasuredCosts, RealisedSpeedup, predicted_speedup
+from ..model.exit_config import ExitConfig
 from ..model.exit_rule import last_answer
 
 
@@ -20,12 +21,12 @@ def exit_report(
     plain_accuracy: float | None = None,
 ) -> dict[str, Any]:
     """
-    Puts together what is known of a network's exits. A figure that was not measured is not in it.
+    Collect the figures of a network's exits. Figures that were not measured are left out.
 
     Args:
-        model ([`ScanForImageClassification`]): With its exit configuration; what its parts cost is read there.
-        scores (`Mapping[str, float]`): What [`~hf_scan.metrics.ScanAccuracy`] gave on the test split.
-        speedups (`Sequence[RealisedSpeedup]`, *optional*): From [`~hf_scan.costs.realised_speedup`].
+        model ([`ScanForImageClassification`]): The network, with its exit configuration, which holds measured costs.
+        scores (`Mapping[str, float]`): Scores of [`~hf_scan.metrics.ScanAccuracy`] on the test split.
+        speedups (`Sequence[RealisedSpeedup]`, *optional*): Results of [`~hf_scan.costs.realised_speedup`].
         plain_accuracy (`float`, *optional*): Test accuracy of the plain backbone, trained with the same recipe.
 
     Returns:
@@ -33,45 +34,13 @@ def exit_report(
         `speedup`.
     """
     macs = count_macs(model)
-    adaptive = model.exit_config.thresholds is not None and "adaptive_accuracy" in scores
-    cumulative = macs.cumulative(model.exit_config if adaptive else None)
-    thresholds = model.exit_config.resolve(model.num_exits) if adaptive else None
     costs = MeasuredCosts.from_dict(model.exit_config.costs) if model.exit_config.costs is not None else None
-    columns = [measured for measured in speedups if not measured.refilled]
-    sizes: list[int] = []
-    if costs is not None:  # for the largest batch and for one image, where it was not run against the plain network
-        wanted = {measured.batch_size for measured in columns} or {1, costs.batch_size}
-        sizes = [size for size in sorted(wanted) if size in costs.milliseconds and size in costs.plain]
-    milliseconds = {
-        str(size): costs.cumulative(model.exit_config if adaptive else None, size)
-        for size in sizes
-        if costs is not None
-    }
-
-    rows: list[dict[str, Any]] = []
-    last = last_answer(model.exit_config.fallback)
-    for index in range(model.num_exits + 1):
-        ensemble = index == model.num_exits
-        key = last if ensemble else f"exit_{index}"
-        row: dict[str, Any] = {
-            "name": last.replace("_", " ") if ensemble else f"exit {index} ({model.stages[index].name})",
-            "accuracy": scores[f"{key}_accuracy"],
-            "macs": cumulative[index],
-        }
-        if thresholds is not None:
-            row["threshold"] = None if ensemble else thresholds[index]
-            row["share"] = scores[f"{key}_share"]
-        row["milliseconds"] = {size: values[index] for size, values in milliseconds.items()}
-        rows.append(row)
-
-    plain: dict[str, Any] = {"name": "plain backbone", "macs": macs.plain}
-    # What was measured in turns with the adaptive answers, or else along with the exits.
-    plain["milliseconds"] = {str(size): costs.plain[size] / size for size in sizes if costs is not None} | {
-        str(measured.batch_size): measured.plain for measured in columns
-    }
-    if plain_accuracy is not None:
-        plain["accuracy"] = plain_accuracy
-    speedup: dict[str, Any] = {}
+    adaptive = model.exit_config.thresholds is not None and "adaptive_accuracy" in scores
+    exit_config = model.exit_config if adaptive else None
+    interleaved = {str(measured.batch_size): measured for measured in speedups if not measured.refilled}
+    milliseconds, plain_milliseconds = _milliseconds(costs, exit_config, interleaved)
+    rows = _exit_rows(model, scores, exit_config, macs, milliseconds)
+    speedup: dict[str, float] = {}
     if adaptive:
         mean_macs = scores["mean_cost"] * macs.plain
         rows.append(
@@ -79,27 +48,82 @@ def exit_report(
                 "name": "adaptive",
                 "accuracy": scores["adaptive_accuracy"],
                 "macs": mean_macs,
-                "milliseconds": {str(measured.batch_size): measured.adaptive for measured in columns},
+                "milliseconds": {size: measured.adaptive for size, measured in interleaved.items()},
             }
         )
         speedup["predicted from MACs"] = macs.plain / mean_macs
-        for measured in speedups:
-            size, refilled = measured.batch_size, measured.refilled
-            batch = f"batch {size}, refilled" if refilled else f"batch {size}"
-            if costs is not None and size in costs.milliseconds:
-                predicted = predicted_speedup(costs, measured.shares, model.exit_config, size, refilled)
-                speedup[f"predicted from milliseconds, {batch}"] = predicted
-            speedup[f"realised, {batch}"] = measured.speedup
-    rows.append(plain)
+        speedup |= _speedups(costs, speedups, model.exit_config)
+    plain = {"name": "plain backbone", "macs": macs.plain, "milliseconds": plain_milliseconds}
+    rows.append(plain if plain_accuracy is None else {**plain, "accuracy": plain_accuracy})
     return {"rows": rows, "speedup": speedup}
+
+
+def _milliseconds(
+    costs: MeasuredCosts | None, exit_config: ExitConfig | None, interleaved: Mapping[str, RealisedSpeedup]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """
+    Return the milliseconds to report, by batch size: of each exit and the fallback, and of the plain backbone, which
+    was measured in turns with the adaptive answers or else with the exits.
+    """
+    plain = {size: measured.plain for size, measured in interleaved.items()}
+    if costs is None:
+        return {}, plain
+    # The sizes of the adaptive answers, or else the largest batch and a single image.
+    wanted = {measured.batch_size for measured in interleaved.values()} or {1, costs.batch_size}
+    sizes = [size for size in sorted(wanted) if size in costs.milliseconds and size in costs.plain]
+    exits = {str(size): costs.cumulative(exit_config, size) for size in sizes}
+    return exits, {str(size): costs.plain[size] / size for size in sizes} | plain
+
+
+def _exit_rows(
+    model: "ScanForImageClassification",
+    scores: Mapping[str, float],
+    exit_config: ExitConfig | None,
+    macs: ExitCosts,
+    milliseconds: Mapping[str, Sequence[float]],
+) -> list[dict[str, Any]]:
+    """Return the rows of the exits and of the fallback."""
+    thresholds = None if exit_config is None else exit_config.resolve(model.num_exits)
+    cumulative = macs.cumulative(exit_config)
+    last = last_answer(model.exit_config.fallback)
+    rows = []
+    for index in range(model.num_exits + 1):
+        is_last = index == model.num_exits
+        key = last if is_last else f"exit_{index}"
+        row: dict[str, Any] = {
+            "name": last.replace("_", " ") if is_last else f"exit {index} ({model.stages[index].name})",
+            "accuracy": scores[f"{key}_accuracy"],
+            "macs": cumulative[index],
+        }
+        if thresholds is not None:
+            row["threshold"] = None if is_last else thresholds[index]
+            row["share"] = scores[f"{key}_share"]
+        row["milliseconds"] = {size: values[index] for size, values in milliseconds.items()}
+        rows.append(row)
+    return rows
+
+
+def _speedups(
+    costs: MeasuredCosts | None, speedups: Sequence[RealisedSpeedup], exit_config: ExitConfig
+) -> dict[str, float]:
+    """Return the measured speed-ups by name, each after the one that is predicted where its parts were measured."""
+    found = {}
+    for measured in speedups:
+        size, refilled = measured.batch_size, measured.refilled
+        batch = f"batch {size}, refilled" if refilled else f"batch {size}"
+        if costs is not None and size in costs.milliseconds:
+            predicted = predicted_speedup(costs, measured.shares, exit_config, size, refilled)
+            found[f"predicted from milliseconds, {batch}"] = predicted
+        found[f"realised, {batch}"] = measured.speedup
+    return found
 
 
 def exit_table(report: Mapping[str, Any]) -> str:
     """
-    The table of a report, in Markdown that is aligned for the terminal too.
+    Return the table of a report, in Markdown that is aligned for the terminal too.
 
     Args:
-        report (`Mapping[str, Any]`): From [`exit_report`].
+        report (`Mapping[str, Any]`): A result of [`exit_report`].
     """
     rows = report["rows"]
     plain_macs = rows[-1]["macs"]
@@ -119,7 +143,7 @@ def exit_table(report: Mapping[str, Any]) -> str:
                 *(f"{row['milliseconds'][size]:.3f}" if size in row["milliseconds"] else "" for size in batch_sizes),
             ]
         )
-    # A column that says nothing in any row is left out.
+    # Columns that are empty in all rows are left out.
     kept = [index for index in range(len(head)) if index == 0 or any(line[index] for line in table[1:])]
     widths = [max(len(line[index]) for line in table) for index in kept]
     lines = [
@@ -135,5 +159,5 @@ def _aligned(text: str, width: int, index: int) -> str:
 
 
 def speedup_lines(report: Mapping[str, Any]) -> list[str]:
-    """The speed-ups of a report, a line each."""
+    """Return the speed-ups of a report, one a line."""
     return [f"speed-up {name}: {value:.2f}x" for name, value in report["speedup"].items()]

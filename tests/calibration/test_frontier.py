@@ -96,8 +96,8 @@ def test_the_same_seed_gives_the_same_thresholds_and_leaves_global_randomness_al
         (lambda c, r, k: (c[:0], r[:0], k), "expected samples, and a column"),
         (lambda c, r, k: (np.where(c > 0.9, np.nan, c), r, k), "look for NaN in the logits"),
         (lambda c, r, k: (c, r, k * 0), "expected finite numbers above 0"),
-        (lambda c, r, k: (c, r, k[::-1]), "do not fall with depth"),
-        (lambda c, r, k: (c, r + 1, k), "other numbers than 0 and 1"),  # predicted classes, say
+        (lambda c, r, k: (c, r, k[::-1]), "do not decrease with depth"),
+        (lambda c, r, k: (c, r + 1, k), "numbers other than 0 and 1"),  # predicted classes, say
         (lambda c, r, k: (c.astype(str), r, k), "expected an array of numbers"),
         (lambda c, r, k: (c, [[True, False], [True]], k), "is not an array of numbers"),
     ],
@@ -134,7 +134,7 @@ def test_bad_settings_of_the_genetic_search(setting, value):
 
 def test_genetic_search_wants_confidences():
     confidences, correct, costs = scores(20)
-    with pytest.raises(ValueError, match=r"lie between -.* so bring them there"):
+    with pytest.raises(ValueError, match=r"lie between -.* Rescale them"):
         genetic_search(-confidences, correct, costs, progress=False)
 
 
@@ -478,7 +478,7 @@ def test_tables_that_are_none(model, tmp_path):
     for number, content in enumerate((b"junk", whole[:-8], whole.replace(b"exit_table", b"exit_stool"))):
         path = tmp_path / f"{number}.safetensors"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a whole table of exit logits"):
+        with pytest.raises(ValueError, match="does not hold a whole table of exit logits"):
             ExitTable.load(path)
     with pytest.raises(ValueError, match="do not belong together"):
         ExitTable(table.logits, table.labels[:5], table.samples, "search", table.model)

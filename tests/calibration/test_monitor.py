@@ -154,7 +154,7 @@ def test_other_thresholds_have_another_reference(calibrated):
         monitor.update(answers)
         assert monitor.counts.sum() == 20
         calibrated.exit_config = calibrated.exit_config.replace(thresholds=[0.5, 0.5])
-        with pytest.raises(ValueError, match="does not hold what was seen"):
+        with pytest.raises(ValueError, match="has no `reference` to compare with"):
             monitor.predict(pictures(4, seed=9))
     finally:
         calibrated.exit_config = before
@@ -193,5 +193,5 @@ def test_bad_arguments(calibrated):
         ExitMonitor(calibrated, shadow_every=0)
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.5, 0.5])
-    with pytest.raises(ValueError, match="does not hold what was seen"):
+    with pytest.raises(ValueError, match="has no `reference` to compare with"):
         ExitMonitor(model)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""An `evaluate` module: accuracy of every exit, of the ensemble and of the adaptive answer, with its mean cost."""
+"""Compute the accuracy of every exit, of the ensemble and of the adaptive answers with `evaluate`."""
 
 from typing import Any
 
@@ -19,23 +19,24 @@ _CITATION = """\
 }"""
 
 _DESCRIPTION = """\
-Accuracy of a classifier with early exits: of each exit, of the ensemble of the exits, and, where thresholds are given,
-of the adaptive answer, with the share of samples that each exit answers and the mean cost."""
+Accuracy of a classifier with early exits: of each exit, of the ensemble of the exits and, if thresholds are given, of
+the adaptive answers, with the share of samples that each exit answers and the mean cost."""
 
 _INPUTS_DESCRIPTION = """
 Args:
-    predictions: predicted class of each exit, shallow to deep, and of the ensemble last: `num_exits + 1` a sample.
-    confidences: how sure each of these is, such as its largest softmax probability.
-    references: the true class of each sample.
-    thresholds: one a exit, or one fewer where the fallback answers all that reach the end. `None` switches an exit
-        off. Left out, there are no figures of the adaptive answer.
-    fallback: "ensemble" (default), "deepest" or "most_confident": what answers a sample that no exit was confident
-        about. With the last, its answers stand where the ensemble's do otherwise, and so does its name below.
+    predictions: predicted class of each exit, shallow to deep, and last of the ensemble: `num_exits + 1` a sample.
+    confidences: confidence of each prediction, such as its largest softmax probability.
+    references: true class of each sample.
+    thresholds: one per exit, or one fewer if the fallback answers every sample that reaches the deepest exit. `None`
+        switches an exit off. Without thresholds, the scores of the adaptive answers are left out.
+    fallback: "ensemble" (default), "deepest" or "most_confident": the answer for samples that exit nowhere. With
+        "most_confident", pass its predictions in place of the ensemble's; the scores below then have its name.
     costs: cumulative cost of each exit and of the ensemble, `num_exits + 1` numbers.
 
 Returns:
     `accuracy` (the deepest exit's), `exit_{i}_accuracy`, `ensemble_accuracy`; with thresholds also
-    `adaptive_accuracy`, `exit_{i}_share`, `ensemble_share`, and with costs `mean_cost`. All in [0, 1] but the cost.
+    `adaptive_accuracy`, `exit_{i}_share`, `ensemble_share`, and with costs `mean_cost`. All but the cost are in [0,
+    1].
 
 Example:
     >>> from hf_scan.metrics import ScanAccuracy
