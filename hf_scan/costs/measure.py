@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import benchmark
-from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
+from torch.utils.benchmark.utils import timer as clock  # waits for the accelerator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
@@ -197,15 +197,15 @@ def _time_parts(
     state = StageState.from_images(images)
     seconds = []
     for index in range(model.num_exits):
-        start = timer()
+        start = clock.timer()
         state = model.run_stage(index, state)
-        middle = timer()
+        middle = clock.timer()
         confidence = confidence_of(model.run_exit(index, state))
         int((confidence > 0.5).sum())  # the decision waits for the device
-        seconds += [middle - start, timer() - middle]
-    start = timer()
+        seconds += [middle - start, clock.timer() - middle]
+    start = clock.timer()
     plain(images)
-    return [*seconds, timer() - start]
+    return [*seconds, clock.timer() - start]
 
 
 def _plain(model: "ScanForImageClassification") -> Callable[[torch.Tensor], object]:
@@ -290,7 +290,7 @@ def interleaved_medians(
     """
 
     def seconds(call: Callable[[], object], repeats: int) -> float:
-        return timeit(call, number=repeats, timer=timer) / repeats
+        return timeit(call, number=repeats, timer=clock.timer) / repeats
 
     repeats = {}
     for name, call in calls.items():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from hf_scan.calibration import CannotCertifyError, RiskBound, certify, evaluate_policies, exact_frontier
+from hf_scan import RiskBound
+from hf_scan.calibration import CannotCertifyError, certify, evaluate_policies, exact_frontier
 from hf_scan.calibration.certify import difference_p_value
 
 
@@ -136,3 +137,9 @@ def test_bad_tables():
         certify(confidences, correct, costs, np.empty((0, 3)), RiskBound())
     with pytest.raises(ValueError, match=r"`baseline` has shape \(3,\)"):
         certify(confidences, correct, costs, np.zeros((1, 3)), RiskBound(), baseline=np.ones(3, dtype=bool))
+
+
+def test_bounds_are_numbers():
+    for bad in ({"max_drop": "1"}, {"delta": None}):
+        with pytest.raises(TypeError, match="expected a number"):
+            RiskBound(**bad)

@@ -5,13 +5,11 @@ import torch
 
 from hf_scan import ExitConfig, ScanForImageClassification
 from hf_scan.costs import (
-    ExitCosts,
     MeasuredCosts,
     count_macs,
     count_parameters,
     interleaved_medians,
     measure_costs,
-    predicted_speedup,
     realised_speedup,
 )
 
@@ -33,17 +31,6 @@ def test_macs_by_hand():
     attention = 2 * 4 * 4 * (9 * 64 + 64 * 64)
     classifier = 8 * 8 * (9 * 64 + 64 * 64) + 64 * 100
     assert costs.heads[1] == squeeze + attention + classifier
-
-
-def test_cumulative_costs_count_the_heads_that_ran():
-    costs = ExitCosts(stages=[100, 200, 300], heads=[10, 20, 5])
-    assert costs.plain == 605
-    assert costs.cumulative() == [110, 330, 635, 635]
-    assert costs.cumulative(ExitConfig(thresholds=[None, 0.5])) == [100, 320, 625, 625]
-    # With the deepest exit as fallback, a head that lets nothing go does not run.
-    assert costs.cumulative(ExitConfig(thresholds=[1.0, 0.5], fallback="deepest")) == [100, 320, 625, 625]
-    assert costs.cumulative(ExitConfig(thresholds=[1.0, 0.5])) == [110, 330, 635, 635]
-    assert costs.relative()[0] == pytest.approx(110 / 605)
 
 
 def test_counting_leaves_the_mode_alone():
@@ -85,7 +72,7 @@ def on_a_fake_clock(monkeypatch, model):
         clock[0] += 1e-12  # PyTorch divides by what it measured
         return clock[0]
 
-    monkeypatch.setattr("hf_scan.costs.measure.timer", read)
+    monkeypatch.setattr("torch.utils.benchmark.utils.timer.timer", read)
 
     def after(module, milliseconds):
         def tick(module, inputs, output):
@@ -149,27 +136,6 @@ def test_a_truncated_network_has_costs_too(images):
     assert realised_speedup(small, images, batch_size=8, rounds=1).shares == [0.0, 1.0]
 
 
-def by_hand(milliseconds, plain):
-    counted = ExitCosts(stages=[1, 1], heads=[1, 1])
-    return MeasuredCosts(counted, counted, milliseconds, milliseconds, plain, dtype="", threads=1, machine="")
-
-
-def test_what_is_expected_of_a_shrinking_batch():
-    costs = by_hand(
-        {1: ExitCosts([1.0, 3.0], [0.5, 0.25]), 2: ExitCosts([1.6, 4.0], [0.6, 0.3])}, plain={1: 4.2, 2: 5.8}
-    )
-    shares = [0.75, 0.0, 0.25]
-    assert costs.expected_milliseconds(shares, batch_size=1) == pytest.approx(1.5 + 0.25 * 3.25)
-    # Of two images, both go on with a chance of 1/16, one with 6/16.
-    assert costs.expected_milliseconds(shares) == pytest.approx((2.2 + 6 / 16 * 3.25 + 1 / 16 * 4.3) / 2)
-    # Refilled, a quarter of the images costs a quarter of a full batch.
-    assert costs.expected_milliseconds(shares, refilled=True) == pytest.approx((2.2 + 0.25 * 4.3) / 2)
-    switched_off = ExitConfig(thresholds=[None, 0.5])
-    assert costs.expected_milliseconds([0, 0, 1.0], switched_off) == pytest.approx((1.6 + 4.3) / 2)
-    assert predicted_speedup(costs, [0, 0, 1.0], switched_off) == pytest.approx(5.8 / 5.9)
-    assert predicted_speedup(costs, shares, batch_size=1) == pytest.approx(4.2 / 2.3125)
-
-
 def test_where_time_is_proportional_batches_do_not_matter(monkeypatch):
     model = random_scan_model()
     on_a_fake_clock(monkeypatch, model)
@@ -189,43 +155,30 @@ def test_bad_requests():
             measure_costs(model, **wrong)
     with pytest.raises(ValueError, match=r"call `model\.eval\(\)`|Call `model\.eval\(\)`"):
         measure_costs(model.train())
-    costs = by_hand({1: ExitCosts([1.0, 3.0], [0.5, 0.25])}, plain={1: 4.2})
-    with pytest.raises(ValueError, match="`batch_size` is 4, and \\[1\\] were measured"):
-        predicted_speedup(costs, [0.5, 0.5, 0.0], batch_size=4)
-    for shares in ([0.5, 0.5], [0.5, 0.2, 0.2]):
-        with pytest.raises(ValueError, match="expected 3 shares"):
-            costs.expected_milliseconds(shares)
 
 
 @pytest.mark.parametrize("refilled", [False, True])
 def test_realised_speedup_is_of_what_it_says(images, monkeypatch, refilled):
-    """No seconds are asserted: each call is replaced by one that is told how long it took."""
+    """By a clock that only the model's parts move, and by the batches that reach the last stage."""
     model = random_scan_model()
     model.exit_config = ExitConfig(thresholds=[0.6, None, 0.7])
-    seen = {}
-
-    def medians(calls, rounds, seconds_per_round):
-        for name, call in calls.items():
-            batches = []
-            handle = model.backbone.layer3.register_forward_hook(
-                lambda m, args, out, b=batches: b.append(len(args[0]))
-            )
-            call()
-            handle.remove()
-            seen[name] = batches
-        return {"plain": 4.0, "adaptive": 2.0}
-
-    monkeypatch.setattr("hf_scan.costs.measure.interleaved_medians", medians)
-    measured = realised_speedup(model, images, batch_size=4, refilled=refilled)
     answers = model.predict_adaptive(images).exit_index
-    left = int((answers >= 2).sum())
-    assert seen["plain"] == [4] * 6
-    assert sum(seen["adaptive"]) == left
-    if refilled:
-        assert seen["adaptive"][:-1] == [4] * (-(-left // 4) - 1)
-    assert measured.plain == pytest.approx(4000 / 24)
-    assert measured.speedup == pytest.approx(2.0)
+    on_a_fake_clock(monkeypatch, model)
+    batches = []
+    model.backbone.layer3.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    measured = realised_speedup(model, images, batch_size=4, refilled=refilled, rounds=3)
     assert measured.shares == pytest.approx((torch.bincount(answers, minlength=4) / 24).tolist())
+    # Every image runs the first stage and its head, and what did not exit there the other stages.
+    left = int((answers >= 2).sum())
+    assert measured.plain == pytest.approx(1 + 2 + 3)
+    assert measured.adaptive == pytest.approx((24 * (1 + 0.1) + left * (2 + 3)) / 24)
+    assert measured.speedup == pytest.approx(measured.plain / measured.adaptive)
+    # Both run four times to warm up, then in turns; in the end, it is seen where images exit.
+    shrunk = [count for batch in answers.split(4) if (count := int((batch >= 2).sum()))]
+    refills = [min(4, left - start) for start in range(0, left, 4)]
+    assert sum(refills) == sum(shrunk) == left
+    plain, adaptive = [4] * 6, refills if refilled else shrunk
+    assert batches == plain * 4 + adaptive * 4 + (plain + adaptive) * 3 + shrunk
 
 
 def whole_networks(model) -> list[int]:
