@@ -91,6 +91,19 @@ def test_what_travels_with_a_checkpoint_imports_siblings_and_little_else(path):
             assert {name.split(".")[0] for name in names} <= BROUGHT | set(sys.stdlib_module_names)
 
 
+def test_every_file_of_the_folder_travels_with_a_checkpoint():
+    """Transformers saves the files that these two import, and what those import."""
+    waiting, travelling = ["modeling_scan", "configuration_scan"], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in travelling:
+            travelling.add(name)
+            path = PACKAGE / "model" / f"{name}.py"
+            imported = imported_modules(path, ast.parse(path.read_text()))
+            waiting += [module.removeprefix("hf_scan.model.") for module in imported]
+    assert travelling == {path.stem for path in (PACKAGE / "model").glob("*.py")} - {"__init__"}
+
+
 def test_answering_does_not_wait_for_what_trains():
     # Transformers itself imports Accelerate with its models where it is installed; `hf_scan` must not need it.
     code = (
