@@ -52,9 +52,9 @@ def resolve_revision(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> str | None:
     """
-    Return the commit that a branch or a tag points at now, so that all files come from the same. A revision that
-    cannot be resolved, that of a folder, and any with a version of Transformers that resolves none, are returned as
-    they are.
+    Return the commit that a branch or a tag points at now, so that all files come from the same one. A revision that
+    cannot be resolved is returned as it is, as is that of a folder, and any with versions of Transformers that do not
+    resolve revisions.
     """
     resolve = getattr(hub, "resolve_revision", None)
     if resolve is None or os.path.isdir(name):
@@ -78,11 +78,12 @@ def find_file(
     Find a file in a folder, in the cache or on the Hub.
 
     Returns:
-        `Path`, *optional*: `None` if there is no such file, as far as can be known: offline, a file that was never
-        asked for is taken to be missing, with a warning, where other files of the model are cached.
+        `Path`, *optional*: `None` if there is no such file. Offline, a file that was never downloaded is taken to be
+        missing, with a warning, if the model's configuration is cached.
 
     Raises:
-        `OSError`: if it cannot be known, or the repository cannot be read.
+        `ValueError`: if the name leads out of the folder or the repository.
+        `OSError`: if the repository cannot be read, or, offline, holds no cached configuration.
     """
     check_file_name(filename)
     if os.path.isdir(name):
@@ -117,14 +118,14 @@ def find_file(
 @contextmanager
 def named_push_errors(repo_id: str) -> Iterator[None]:
     """
-    Say what errors of the Hub's client are about, while something is pushed.
+    Translate errors of the Hub's client into a sentence, while something is pushed.
 
     Raises:
-        `OSError`: if the Hub cannot be reached, or refuses.
+        `OSError`: if the Hub cannot be reached or refuses the push.
     """
     try:
         yield
-    except (ValueError, TypeError):  # of an argument, which they name
+    except (ValueError, TypeError):  # these name the argument
         raise
     except Exception as error:  # of the client, whose kinds differ between its versions
         raise OSError(
@@ -136,13 +137,16 @@ def named_push_errors(repo_id: str) -> Iterator[None]:
 @contextmanager
 def checked_downloads(name: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     """
-    Compare the checksums of the files that come from the Hub meanwhile, which the client does not, and remove those
-    that are damaged from the cache, where files are named by the checksum that the Hub gives.
+    Verify the checksums of the files that are downloaded meanwhile, which the client does not, and remove damaged ones
+    from the cache, where files are named by their checksum on the Hub.
+
+    Raises:
+        `OSError`: if files are damaged.
     """
     if name is None:
         yield
         return
-    started = time.time() - 2  # file systems are not that exact
+    started = time.time() - 2  # times of file systems are coarse
     try:
         yield
     except Exception:
@@ -152,23 +156,23 @@ def checked_downloads(name: str | os.PathLike[str] | None, cache_dir: str | os.P
 
 
 def _remove_damaged(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, started: float) -> None:
-    # A folder has no place in the cache, nor has anything else that is no name of a repository.
+    # Folders are not cached, and neither is anything else that is not the name of a repository.
     cached = Path(cache_dir or HF_HUB_CACHE, "--".join(["models", *str(name).split("/")]), "blobs")
     damaged = []
     for blob in cached.iterdir() if not os.path.isdir(name) and cached.is_dir() else ():
-        with suppress(FileNotFoundError):  # another process tidies up
+        with suppress(FileNotFoundError):  # another process removed it
             if blob.stat().st_mtime >= started and not _has_named_checksum(blob):
                 blob.unlink()
                 damaged.append(blob)
     if damaged:
         raise OSError(
-            f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums are not those that "
-            "they have there. They have been taken out of the cache; load the model again."
+            f"{len(damaged)} of the files of {name} came damaged from the Hub: their checksums differ from those "
+            "there. They were removed from the cache; load the model again."
         )
 
 
 def _has_named_checksum(blob: Path) -> bool:
-    """Return whether a cached file has the checksum it is named by: SHA-256, or, if it is small, git's or SHA-1."""
+    """Return whether a cached file has the checksum in its name: SHA-256, or git's or SHA-1 for small files."""
     algorithm = {64: "sha256", 40: "sha1"}.get(len(blob.name))
     if algorithm is None:
         return True

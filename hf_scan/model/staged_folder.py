@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Write the files of a checkpoint beside the old ones and rename them, so that a killed save leaves no mixture."""
+"""Write the files of a checkpoint beside the old ones and rename them, so that a killed save mixes no checkpoints."""
 
 import json
 import os
@@ -28,12 +28,12 @@ SHARD = re.compile(r"(model|pytorch_model)(\.[\w-]+)?-\d{5}-of-\d{5}\.(safetenso
 @contextmanager
 def staged(folder: str | os.PathLike[str], removed: list[str]) -> Iterator[Path]:
     """
-    Give a folder to write a checkpoint into, and move its files into `folder` when all are written. A process that is
-    killed before leaves the old checkpoint; one that is killed while files are moved leaves what [`finish`] completes.
+    Yield a folder to write a checkpoint into, and move its files into `folder` when all are written. If the process is
+    killed before, the old checkpoint is unchanged; if it is killed while files are moved, [`finish`] moves the rest.
 
     Args:
-        folder (`str` or `Path`): Where the files belong. It is made when missing.
-        removed (`list[str]`): Names of files that are to be removed from there. It may be added to meanwhile.
+        folder (`str` or `Path`): The folder of the checkpoint, which is created if it is missing.
+        removed (`list[str]`): Names of files to remove from it. The caller may add to the list meanwhile.
 
     Raises:
         `OSError`: if the files cannot be written. Nothing in `folder` has changed then.
@@ -63,8 +63,7 @@ def staged(folder: str | os.PathLike[str], removed: list[str]) -> Iterator[Path]
 
 def finish(folder: str | os.PathLike[str]) -> None:
     """
-    Move the files that a killed process had completed and not yet moved. A process that still moves them is waited
-    for.
+    Move the files that a killed process had written and not yet moved, and wait for a process that is moving some.
 
     Raises:
         `OSError`: if the folder cannot be written to.

@@ -30,7 +30,7 @@ QUANTIZED_BITS = 64  # of a packed element; no format packs more into one number
 
 
 class DamagedWeightsError(OSError):
-    """Raised for weights that cannot be read: a file, or where the files are."""
+    """Raised if weights cannot be read. It names the file or the folder."""
 
     def __init__(self, place: object, error: Exception) -> None:
         super().__init__(
@@ -42,12 +42,12 @@ class DamagedWeightsError(OSError):
 @dataclass
 class CheckpointWeights:
     """
-    The tensors that are about to be loaded. The files are looked for when they are first asked for, which is when
-    Transformers has found, downloaded and cached them.
+    A view of the tensors that are about to be loaded. The files are looked for at the first access, after Transformers
+    has found, downloaded and cached them.
 
     Args:
-        source (`str`): Where they come from, for messages.
-        find (`Callable`): Returns the safetensors files, none where the format is another.
+        source (`str`): The folder or repository, for messages.
+        find (`Callable`): Returns the safetensors files, or none for another format.
         given (`Mapping[str, torch.Tensor]`, *optional*): A state dict in place of files.
         ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Whether tensors of another shape are
             initialised anew instead of refused.
@@ -81,7 +81,7 @@ class CheckpointWeights:
 
     @property
     def dtypes(self) -> set[str]:
-        """Return the types of the tensors, as safetensors calls them."""
+        """Return the types of the tensors, by their names in safetensors."""
         return {dtype for dtype, _ in self.headers.values()}
 
     def fingerprint(self, names: Iterable[str], prefix: str) -> str:
@@ -89,8 +89,8 @@ class CheckpointWeights:
         Return the [`fingerprint_of`] the tensors in the files.
 
         Args:
-            names (`Iterable[str]`): What the network calls them.
-            prefix (`str`): What a name may lack in the files.
+            names (`Iterable[str]`): The tensors' names in the network.
+            prefix (`str`): A prefix that names in the files may lack.
         """
         known = set(names)
 
@@ -172,18 +172,18 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _own_name(name: str, known: set[str], prefix: str) -> str:
-    """Return what the network calls a tensor of a checkpoint, which may be of the backbone alone."""
+    """Return a tensor's name in the network from its name in a checkpoint, which may be of the backbone alone."""
     return name if name in known or f"{prefix}{name}" not in known else f"{prefix}{name}"
 
 
 def check_fits(weights: CheckpointWeights, tensors: Mapping[str, torch.Tensor], prefix: str, quantized: bool) -> None:
     """
-    Refuse a network that the weights are not of, before memory is taken for it.
+    Check that weights belong to a network, before memory is allocated for it.
 
     Args:
-        weights ([`CheckpointWeights`]): What is to be loaded.
+        weights ([`CheckpointWeights`]): The weights to load.
         tensors (`Mapping[str, torch.Tensor]`): The network's parameters and buffers, on the meta device.
-        prefix (`str`): What a name may lack in the checkpoint.
+        prefix (`str`): A prefix that names in the checkpoint may lack.
         quantized (`bool`): Whether the checkpoint packs tensors under other names and shapes.
 
     Raises:
@@ -224,13 +224,13 @@ def _check_size(weights: CheckpointWeights, elements: int, held: int) -> None:
 @contextmanager
 def limited_tensors(most: int | None) -> Iterator[None]:
     """
-    Refuse, while it is being built in this thread, a network with far more parameters than the weights hold.
+    Refuse a network with far more parameters than the weights hold, while this thread builds it.
 
     Args:
-        most (`int`, *optional*): How many it may have. `None` for any number.
+        most (`int`, *optional*): The most parameters that it may have. Defaults to any number.
 
     Raises:
-        `ValueError`: at the first one more.
+        `ValueError`: if it has more, when the first of these is registered.
     """
     if most is None:
         yield
@@ -254,11 +254,11 @@ def limited_tensors(most: int | None) -> Iterator[None]:
 
 
 def most_tensors(truncated: bool) -> int | None:
-    """Return how many parameters a network may have that is built for the weights being loaded, if there are any."""
+    """Return the most parameters of a network for the weights that are being loaded, or `None` outside of a load."""
     weights = being_loaded.get()
     if weights is None:
         return None
-    # A network that was cut may keep a twentieth of what is built.
+    # A truncated network may keep only a twentieth of what is built.
     return len(weights.headers) * (30 if truncated else 2) + 1000 if weights.headers else MOST_TENSORS
 
 
@@ -272,7 +272,7 @@ def fingerprint_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def folder_state(folder: str | os.PathLike[str]) -> tuple[tuple[str, int, int, int], ...]:
-    """Return what changes when a file of a folder is written or replaced."""
+    """Return names, inodes, times and sizes of a folder's files, which change when one is written or replaced."""
     entries = []
     with os.scandir(folder) as found:
         for entry in found:
