@@ -123,6 +123,33 @@ def genetic_search(
         accuracy, cost = evaluate_policies(confidences, correct, costs, decode(np.asarray(solutions)))
         return (plain_cost / cost + beta * 100 * (accuracy - baseline)).tolist()
 
+    solution, best, history = _evolve(
+        fitness,
+        genes * bits,
+        population_size=population_size,
+        generations=generations,
+        crossover_probability=crossover_probability,
+        mutated_bits=mutated_bits,
+        seed=seed,
+        progress=progress,
+    )
+    thresholds = decode(solution)
+    accuracy, cost = evaluate_policies(confidences, correct, costs, thresholds)
+    return GeneticSearchResult([*thresholds[0].tolist(), 0.0], float(accuracy[0]), float(cost[0]), best, history)
+
+
+def _evolve(
+    fitness: Callable[[pygad.GA, np.ndarray, object], list[float]],
+    bits: int,
+    *,
+    population_size: int,
+    generations: int,
+    crossover_probability: float,
+    mutated_bits: int,
+    seed: int,
+    progress: bool,
+) -> tuple[np.ndarray, float, list[float]]:
+    """Run the genetic algorithm; return the best bits, their fitness and the best fitness after each generation."""
     history: list[float] = []
     with tqdm(total=generations, desc="genetic threshold search", disable=not progress, leave=False) as bar:
 
@@ -137,7 +164,7 @@ def genetic_search(
             fitness_func=fitness,
             fitness_batch_size=population_size,
             sol_per_pop=population_size,
-            num_genes=genes * bits,
+            num_genes=bits,
             gene_type=int,
             gene_space=[0, 1],
             parent_selection_type="tournament",
@@ -152,11 +179,7 @@ def genetic_search(
         )
         algorithm.run()
     solution, best, _ = algorithm.best_solution(pop_fitness=algorithm.last_generation_fitness)
-    thresholds = decode(np.asarray(solution))
-    accuracy, cost = evaluate_policies(confidences, correct, costs, thresholds)
-    return GeneticSearchResult(
-        [*thresholds[0].tolist(), 0.0], float(accuracy[0]), float(cost[0]), float(best), history
-    )
+    return np.asarray(solution), float(best), history
 
 
 def _check_confidences(confidences: np.ndarray) -> None:
