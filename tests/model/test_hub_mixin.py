@@ -202,13 +202,16 @@ def test_a_reader_sees_the_old_or_the_new_checkpoint(tmp_path):
         model.config.id2label = {index: f"{seed}-{index}" for index in range(5)}
         models.append((model, shards))
     models[0][0].save_pretrained(tmp_path)
+    start = time.perf_counter()
+    load(tmp_path)
+    pause = max(0.1, 3 * (time.perf_counter() - start))  # a busy machine loads slowly, and only five times
     done = threading.Event()
 
     def write() -> None:
         while not done.is_set():
             for model, shards in models:
                 model.save_pretrained(tmp_path, max_shard_size=shards)
-                time.sleep(0.1)
+                time.sleep(pause)
 
     writer = threading.Thread(target=write)
     writer.start()
