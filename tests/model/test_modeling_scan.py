@@ -2,7 +2,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,19 +14,15 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
     pipeline,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
-from hf_scan.model.compiled_stages import CompiledStages
 from hf_scan.model.exit_criteria import confidence_of
 from hf_scan.model.exit_rule import apply_exit_rule
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.model.stages import StageState
-from hf_scan.training.baseline import plain_copy
 
 from ..conftest import random_scan_model
 from .test_stages import EVERY_FAMILY
@@ -129,58 +124,6 @@ def test_features_of_the_stages_lead_to_the_same_answers(model, images):
         assert torch.equal(answer, expected)
     with pytest.raises(ValueError, match="Neither `pixel_values` nor `stage_features` are given"):
         model()
-
-
-@pytest.mark.parametrize(
-    "backbone", ["cifar_resnet20", "resnetblur18", "test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"]
-)
-@pytest.mark.parametrize("exit_index", [0, 1])
-def test_a_truncated_network_answers_as_its_exit_does(backbone, exit_index, tmp_path):
-    """To the bit, smaller on the disk, and like any other: saved, loaded, copied, trained."""
-    torch.manual_seed(0)
-    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=4)).eval()
-    images = torch.randn(3, 3, model.config.image_size, model.config.image_size)
-    small = model.truncate(exit=exit_index)
-    with torch.no_grad():
-        expected = model(images).exit_logits[exit_index]
-        assert torch.equal(small(images).logits, expected)
-        assert small(images).exit_logits[0] is not None
-        assert len(small(images).exit_logits) == small.num_exits == 1
-        answer = small.predict_adaptive(images)
-        torch.testing.assert_close(answer.logits, expected, rtol=1e-3, atol=1e-4)
-        assert answer.exit_index.tolist() == [0, 0, 0]
-    small.save_pretrained(tmp_path / "small")
-    model.save_pretrained(tmp_path / "whole")
-    bytes_of = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "whole")}
-    assert bytes_of["small"] < 0.8 * bytes_of["whole"]
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
-    for other in (loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
-        state, weights = other.state_dict(), small.state_dict()
-        assert list(state) == list(weights)
-        assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-        with torch.no_grad():
-            torch.testing.assert_close(other(images).logits, expected, rtol=1e-3, atol=1e-4)
-        assert other.exit_config == ExitConfig(thresholds=[], fallback="deepest")
-    small.train()(images, labels=torch.tensor([0, 1, 2])).loss.backward()
-    projection = small.exit_heads[0].hint_projection
-    assert all(
-        parameter.grad is not None
-        for name, parameter in small.named_parameters()
-        if parameter not in set(projection.parameters()) and "pos_embed" not in name
-    )
-    assert model(images).exit_logits[-1].shape == (3, 4)  # which is whole as before
-
-
-@pytest.mark.parametrize("exit_index", [2, -1])
-def test_truncation_where_there_is_no_early_exit(model, exit_index):
-    with pytest.raises(ValueError, match=rf"`exit` is {exit_index}; this network can be truncated at \[0, 1\]"):
-        model.truncate(exit=exit_index)
-    with pytest.raises(ValueError, match=r"`exit` is '0'; this network can be truncated at \[0, 1\]"):
-        model.truncate(exit="0")
-    with pytest.raises(ValueError, match=r"`exit` is 0; this network can be truncated at \[\]"):
-        model.truncate(exit=0).truncate(exit=0)
-    with pytest.raises(ValueError, match="A truncated network ends at its one exit point"):
-        ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", truncated=True))
 
 
 def test_the_saved_configuration_says_what_was_left_to_defaults(tmp_path):
@@ -299,26 +242,6 @@ def test_a_copy_runs_its_own_modules(images):
     assert not torch.equal(twin(images).logits, model(images).logits)
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((2, 16, 16), r"has shape \(2, 16, 16\); expected \(batch_size, 3, height, width\)"),
-        ((2, 1, 16, 16), r"has shape \(2, 1, 16, 16\); expected \(batch_size, 3"),
-        ((0, 3, 16, 16), r"is empty, of shape \(0, 3, 16, 16\)"),
-        ((2, 3, 0, 16), "is empty"),
-    ],
-)
-def test_bad_shapes(model, shape, message):
-    for call in (model, lambda pixels: model.predict_adaptive(pixels, thresholds=[0.5, 0.5])):
-        with pytest.raises(ValueError, match=message):
-            call(torch.zeros(shape))
-
-
-def test_pixels_that_are_no_floats(model):
-    with pytest.raises(ValueError, match=r"holds torch\.uint8; expected floating-point numbers"):
-        model(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-
-
 def test_unknown_backbone_arguments():
     with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {.*'depth': 3}: .* Correct"):
         ScanForImageClassification(ScanConfig(backbone="resnet18", backbone_kwargs={"depth": 3}))
@@ -370,27 +293,6 @@ torch.save((logits, model.predict_adaptive(images).exit_index), "answers.pt")
     with torch.no_grad():
         torch.testing.assert_close(logits, model(images).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(exit_index, model.predict_adaptive(images).exit_index)
-
-
-def test_non_finite_pixels(model, images):
-    with pytest.raises(ValueError, match="NaN or infinite values"):
-        model(images * float("nan"))
-
-
-@pytest.mark.parametrize("label", [5, -1])
-def test_labels_out_of_range(model, images, label):
-    with pytest.raises(ValueError, match=r"`labels` holds values .* expected class indices from 0 to 4"):
-        model(images[:2], labels=torch.tensor([0, label]))
-
-
-@pytest.mark.parametrize(
-    "labels", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2), torch.zeros(2, dtype=torch.int32)]
-)
-def test_labels_of_another_shape_or_type(model, images, labels):
-    with pytest.raises(
-        ValueError, match=r"`labels` has shape .* expected \(batch_size,\) class indices of torch.int64"
-    ):
-        model(images[:2], labels=labels)
 
 
 def test_one_label_is_refused():
@@ -607,174 +509,10 @@ def test_device_map(model, images, placement, tmp_path):
     assert torch.equal(answer.exit_index, model.predict_adaptive(images, thresholds=thresholds).exit_index)
 
 
-def test_compiled_stages_take_batches_of_any_size(images):
-    """Compiled for the first size and a few ranges, as PyTorch divides them, not for each that remains of a batch."""
-    model, expected = random_scan_model(), random_scan_model()
-    model.compile_stages(backend="eager", fullgraph=True)
-    alike = random_scan_model()
-    alike.compiled = CompiledStages([], alike.exit_heads, None)  # heads folded, and nothing compiled
-    alike.compiled.stages = [stage.forward for stage in alike.stages]
-    policy = {"thresholds": [0.6, 0.6, 0.6]}
-    for size in (24, 20, 8, 1):
-        model.predict_adaptive(images[:size].clone(), thresholds=[1.0, 1.0])
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for size in (24, 19, 11, 5, 1):
-            found, plain = (network.predict_adaptive(images[:size].clone(), **policy) for network in (model, alike))
-            assert torch.equal(found.exit_index, plain.exit_index)
-            torch.testing.assert_close(found.logits, plain.logits)
-            plain = expected.predict_adaptive(images[:size].clone(), **policy)
-            assert torch.equal(found.exit_index, plain.exit_index)
-            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(other.predict_adaptive(images, **policy).logits, plain_logits(expected, images))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler for CPUs needs a C++ compiler")
-@pytest.mark.parametrize("freezing", [False, True])
-def test_stages_are_really_compiled(images, freezing):
-    """By PyTorch's own compiler, with weights laid out beforehand and without."""
-    model, expected = (random_scan_model(exit_points=["layer1"]) for _ in range(2))
-    model.compile_stages()
-    policy = {"thresholds": [0.6, 0.6]}
-    with torch._inductor.config.patch(freezing=freezing):
-        for size in (24, 1):
-            found, plain = (network.predict_adaptive(images[:size], **policy) for network in (model, expected))
-            assert torch.equal(found.exit_index, plain.exit_index)
-            torch.testing.assert_close(found.logits, plain.logits, rtol=1e-3, atol=1e-4)
-
-
-def test_what_is_compiled_does_not_outlive_its_weights(images):
-    policy = {"thresholds": [0.2, 0.2, 0.2]}
-    model, expected = random_scan_model(), random_scan_model()
-    model.compile_stages(backend="eager")
-    for network in (model, expected):
-        network.train().exit_heads[0].classifier.fc.bias.data.add_(1.0)
-    found, plain = (network.eval().predict_adaptive(images, **policy) for network in (model, expected))
-    assert torch.equal(found.logits, plain.logits)
-    assert (found.exit_index == 0).any()
-
-
-def test_what_is_compiled_moves_along(images):
-    policy = {"thresholds": [0.2, 0.2, 0.2]}
-    model, expected = random_scan_model(), random_scan_model()
-    model.compile_stages(backend="eager")
-    found, plain = (network.double().predict_adaptive(images.double(), **policy) for network in (model, expected))
-    assert found.logits.dtype == torch.float64
-    torch.testing.assert_close(found.logits, plain.logits, rtol=1e-4, atol=1e-5)
-
-
-def plain_logits(model, images):
-    return model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6]).logits
-
-
 @pytest.mark.parametrize("num_channels", [1, 4])
 def test_other_channels(num_channels):
     model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_channels=num_channels)).eval()
     assert model(torch.randn(2, num_channels, 32, 32)).logits.shape == (2, 2)
-
-
-def test_images_smaller_than_the_deepest_reduction():
-    model = ScanForImageClassification(ScanConfig(backbone="test_resnet")).eval()
-    with pytest.raises(ValueError, match=r"32 times smaller than the image; expected a height and width of at least"):
-        model(torch.randn(1, 3, 16, 16))
-
-
-def test_from_timm_takes_over_weights_labels_and_preprocessing(tmp_path):
-    torch.manual_seed(0)
-    source = timm.create_model("resnet18.a1_in1k").eval()
-    source.pretrained_cfg["crop_pct"] = 0.5  # as a repository of weights may say
-    model = ScanForImageClassification.from_timm(source).eval()
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(images).logits, source(images))
-    assert model.config.backbone == "resnet18.a1_in1k"
-    assert model.config.id2label[0] == "tench, Tinca tinca"
-    assert create_image_processor(model).crop_pct == 0.5
-    model.save_pretrained(tmp_path)
-    assert create_image_processor(ScanForImageClassification.from_pretrained(tmp_path)).crop_pct == 0.5
-
-
-@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
-def test_a_plain_copy_is_the_backbone(backbone):
-    """As large as the network was made, where that is not what timm makes by itself."""
-    model = ScanForImageClassification(ScanConfig(backbone=backbone, num_labels=3, image_size=64, num_channels=1))
-    images = torch.randn(2, 1, 64, 64)
-    plain = plain_copy(model).eval()
-    assert torch.equal(plain(images).logits, model.eval()(images).logits)
-
-
-@pytest.mark.parametrize("num_channels", [1, 3])
-def test_a_plain_copy_keeps_the_preprocessing(tmp_path, num_channels):
-    """Through a checkpoint, as both of timm's image processor and of a network made of it."""
-    mean, std = [0.1, 0.2, 0.3][:num_channels], [0.4, 0.5, 0.6][:num_channels]
-    given = {"mean": mean, "std": std, "crop_pct": 0.5, "interpolation": "bilinear"}
-    config = ScanConfig(
-        backbone="test_resnet", num_labels=3, image_size=96, num_channels=num_channels, preprocessing=given
-    )
-    plain_copy(ScanForImageClassification(config)).save_pretrained(tmp_path)
-    plain = TimmWrapperForImageClassification.from_pretrained(tmp_path)
-    assert {name: plain.config.pretrained_cfg[name] for name in given} == given
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    assert list(processor.data_config["input_size"]) == [num_channels, 96, 96]
-    assert list(processor.data_config["mean"]) == given["mean"]
-    assert processor.data_config["crop_pct"] == 0.5
-    again = ScanForImageClassification.from_timm(plain.timm_model, num_channels=num_channels)
-    assert {name: again.config.preprocessing[name] for name in given} == given
-    # A network of another number of channels than its backbone's means, whose checkpoint timm reads nevertheless.
-    odd = ScanForImageClassification(ScanConfig(backbone="test_resnet", num_channels=2))
-    plain_copy(odd).save_pretrained(tmp_path)
-    assert len(AutoImageProcessor.from_pretrained(tmp_path).data_config["mean"]) == 3
-
-
-@pytest.mark.parametrize(
-    "wrapped",
-    [
-        torch.compile,
-        torch.nn.DataParallel,
-        lambda model: torch.compile(torch.nn.DataParallel(model)),
-    ],
-    ids=["compiled", "parallel", "both"],
-)
-def test_from_timm_looks_into_what_is_around_a_model(wrapped):
-    source = timm.create_model("test_resnet", num_classes=3).eval()
-    model = ScanForImageClassification.from_timm(wrapped(source)).eval()
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(images).logits, source(images))
-
-
-def test_from_timm_takes_a_model_of_transformers():
-    source = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3)).eval()
-    images = torch.randn(2, 3, 64, 64)
-    model = ScanForImageClassification.from_timm(source).eval()
-    assert torch.equal(model(images).logits, source(images).logits)
-
-
-def test_from_timm_with_other_labels_starts_the_classifier_anew():
-    source = timm.create_model("test_resnet", num_classes=6)
-    model = ScanForImageClassification.from_timm(source, num_labels=3, exit_points=["layer2"])
-    assert model.num_exits == 2
-    assert model.backbone.get_classifier().weight.shape[0] == model.config.num_labels == 3
-    assert torch.equal(model.backbone.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
-    by_name = ScanForImageClassification.from_timm("test_resnet", num_labels=3)
-    assert by_name.config.num_labels == 3
-
-
-@pytest.mark.parametrize(
-    ("source", "arguments", "message"),
-    [
-        (lambda: "nope", {}, "timm cannot make 'nope'"),
-        (lambda: torch.nn.Linear(2, 2), {}, "Linear without timm's `pretrained_cfg`"),
-        (lambda: timm.create_model("test_resnet", features_only=True), {}, "FeatureListNet, which returns features"),
-        (lambda: timm.create_model("test_vit", features_only=True), {}, "FeatureGetterNet, which returns features"),
-        (lambda: timm.create_model("test_resnet"), {"pretrained": True}, "`pretrained` is for a model .* by name"),
-        (lambda: timm.create_model("test_resnet", in_chans=1), {}, "size mismatch .* Give the `backbone_kwargs`"),
-        (lambda: timm.create_model("test_resnet", act_layer="silu"), {}, "the answers differ. Give the"),
-        (lambda: timm.create_model("test_resnet", num_classes=0), {}, "needs at least 2"),
-        (lambda: "test_resnet", {"num_labels": 1}, "`num_labels` is 1; .* at least 2"),
-    ],
-)
-def test_from_timm_refuses_what_it_cannot_describe(source, arguments, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        ScanForImageClassification.from_timm(source(), **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -792,21 +530,6 @@ def test_images_are_cast_to_the_models_dtype(dtype):
         streamed = list(model.predict_adaptive_stream([images], batch_size=6, ordered=True, **policy))
         assert torch.equal(torch.cat([some.exit_index for some in streamed]), answer.exit_index)
         assert {output.logits.dtype for output in (expected, answer, *streamed)} == {dtype}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "size", "expected"),
-    [
-        ({"img_size": 64, "dynamic_img_size": False}, (32, 32), r"\(64, 64\)"),
-        ({"img_size": 64, "dynamic_img_size": True}, (72, 64), "whole patches of"),
-    ],
-)
-def test_a_vit_names_the_size_of_image_that_it_takes(kwargs, size, expected):
-    model = ScanForImageClassification(ScanConfig(backbone="test_vit", num_labels=3, backbone_kwargs=kwargs)).eval()
-    images = torch.randn(1, 3, *size)
-    for call in (model, model.extract_features, lambda given: model.predict_adaptive(given, thresholds=[0.5])):
-        with pytest.raises(ValueError, match=rf"height and width of .*; expected {expected}"):
-            call(images)
 
 
 def test_weights_without_a_checkpoint():
