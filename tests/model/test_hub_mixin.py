@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
@@ -257,6 +257,27 @@ def test_a_new_classifier_is_initialised_as_timm_does(tmp_path, name):
     own = model.backbone.get_classifier()
     torch.testing.assert_close(own.weight.std(), fresh.weight.std(), rtol=0.2, atol=1e-6)
     assert torch.equal(own.bias == 0, fresh.bias == 0)
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_a_checkpoint_of_the_flat_package_loads(tmp_path, images, code):
+    """It names modules of a flat package, and its thresholds no weights."""
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.5, None, 0.6], search={"method": "genetic"})
+    model.save_pretrained(tmp_path, include_code=code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    named = {
+        "AutoConfig": "configuration_scan.ScanConfig",
+        "AutoModelForImageClassification": "modeling_scan.ScanForImageClassification",
+    }
+    assert config.get("auto_map") == (named if code else None)  # as written then, so these files keep their names
+    old = json.loads((tmp_path / "exit_config.json").read_text())
+    del old["weights"]
+    (tmp_path / "exit_config.json").write_text(json.dumps(old))
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=code)
+    assert type(loaded) is ScanForImageClassification
+    assert loaded.exit_config == model.exit_config
+    assert torch.equal(loaded(images).logits, model(images).logits)
 
 
 def test_from_a_state_dict(model, images):
