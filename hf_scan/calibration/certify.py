@@ -164,7 +164,7 @@ def certify_answers(right: Iterable[np.ndarray], bound: RiskBound, baseline: np.
 
     Args:
         right (`Iterable[np.ndarray]`): Of each policy, from the most expensive to the cheapest, whether its answers
-            are right, `(n,)`. Only those that are tested are asked for.
+            are right, `(n,)`. Only those that are tested are read.
         bound ([`RiskBound`]): What is to be guaranteed.
         baseline (`np.ndarray` of shape `(n,)`): Whether the answers that are compared with are right.
         policies (`int`): How many there are.
@@ -262,16 +262,16 @@ def _too_few(right: np.ndarray, compared: np.ndarray, bound: RiskBound) -> str:
     """Return the message for samples that do not certify even the policy with the smallest risk."""
     n, risk = len(right), _risk(right, compared, bound)
     loss = f"{'an' if bound.loss == 'error' else 'a'} {bound.loss}"
-    asked = f"{loss} of at most {bound.max_drop:g} points with a probability of {1 - bound.delta:g}"
+    claim = f"{loss} of at most {bound.max_drop:g} points with {100 * (1 - bound.delta):g} % confidence"
     if risk >= bound.max_drop:
         return (
-            f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, and more "
+            f"{n} samples do not certify {claim}: the most expensive policy has {risk:.2f} points on them, and more "
             "samples would not help. Allow a larger `max_drop`."
         )
     needed = samples_needed(right, compared, bound)
     count = f"about {needed:,}" if needed is not None else f"more than {MOST_SAMPLES:,}"
     return (
-        f"{n} samples do not certify {asked}: the most expensive policy has {risk:.2f} points on them, which {count} "
+        f"{n} samples do not certify {claim}: the most expensive policy has {risk:.2f} points on them, which {count} "
         "samples would certify. Cheaper policies need more. Use more samples, a larger `max_drop` or a larger `delta`."
     )
 

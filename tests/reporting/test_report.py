@@ -131,7 +131,7 @@ def test_a_card_claims_no_more_than_is_known():
     """Of training, thresholds and splits; and it names the code where there is some."""
     model = random_scan_model()
     bare = create_model_card(model, None, {}, "org/net").text
-    for claim in ("self-distillation", "confident enough.", "predict_adaptive", "disjoint", "trust_remote_code"):
+    for claim in ("self-distillation", "above its threshold.", "predict_adaptive", "disjoint", "trust_remote_code"):
         assert claim not in bare
     own = create_model_card(model, None, {"splits": {"test": 5}}, "org/net", include_code=True).text
     assert "disjoint" not in own  # with what, nobody said
