@@ -218,7 +218,7 @@ class HubMixin(PreTrainedModel):
         cls,
         name: str | os.PathLike[str],
         exit_config: ExitConfig | dict[str, Any] | str | None,
-        model: Any,
+        model: PreTrainedModel,
         kwargs: dict[str, Any],
         access: dict[str, Any],
     ) -> ExitConfig:
@@ -338,7 +338,8 @@ class HubMixin(PreTrainedModel):
                 revision = given.get("revision")
                 if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
-                card = None if subfolder else minimal_card(self, repo_id, tags, token["token"])
+                adaptive = self.exit_config.thresholds is not None
+                card = None if subfolder else minimal_card(repo_id, self.config.backbone, adaptive, tags, **token)
                 if card is not None:
                     card.save(Path(folder, "README.md"))
                 given.setdefault("commit_message", "Upload model")
@@ -419,7 +420,7 @@ def _check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str
 
 
 @torch.no_grad()
-def _initialise_as_timm(model: Any, keys: list[str]) -> None:
+def _initialise_as_timm(model: PreTrainedModel, keys: list[str]) -> None:
     """Initialise tensors of the backbone that had another shape as timm does. Transformers knows common layers."""
     names = [key.removeprefix("backbone.") for key in keys if key.startswith("backbone.")]
     if not names:
@@ -429,7 +430,9 @@ def _initialise_as_timm(model: Any, keys: list[str]) -> None:
         own[name].copy_(fresh[name])
 
 
-def _of_these_weights(exit_config: ExitConfig, model: Any, weights: CheckpointWeights, changed: bool) -> ExitConfig:
+def _of_these_weights(
+    exit_config: ExitConfig, model: PreTrainedModel, weights: CheckpointWeights, changed: bool
+) -> ExitConfig:
     """Return an exit configuration without what does not hold for the network that was loaded."""
     if changed and exit_config.costs is not None:
         exit_config = exit_config.replace(costs=None)

@@ -1,8 +1,6 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Write the card of a repository that has none. The one with figures is written by `hf_scan.reporting`."""
 
-from typing import Any
-
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
@@ -29,13 +27,21 @@ answer = {call}  # `image` as the model's image processor prepares it
 """
 
 
-def minimal_card(model: Any, repo_id: str, tags: list[str], token: bool | str | None) -> ModelCard | None:
+# What the card says of thresholds, and the call that it shows.
+ADAPTIVE = ("Its thresholds are in `exit_config.json`.", "model.predict_adaptive(image[None]).logits")
+STATIC = ("It has no thresholds yet: all images run to the end.", "model(image[None]).logits")
+
+
+def minimal_card(
+    repo_id: str, backbone: str, adaptive: bool, tags: list[str], token: bool | str | None
+) -> ModelCard | None:
     """
     Return the card that a push adds to a repository.
 
     Args:
-        model ([`ScanForImageClassification`]): What is pushed.
         repo_id (`str`): The repository.
+        backbone (`str`): Name of the backbone.
+        adaptive (`bool`): Whether the network has thresholds.
         tags (`list[str]`): The card's tags.
         token (`bool` or `str`, *optional*): A token that may read the repository.
 
@@ -49,21 +55,18 @@ def minimal_card(model: Any, repo_id: str, tags: list[str], token: bool | str | 
         return None
     except EntryNotFoundError:
         data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
-        return ModelCard(MINIMAL_CARD.format(metadata=data.to_yaml(), name=repo_id, **_facts(model)))
+        thresholds, call = ADAPTIVE if adaptive else STATIC
+        return ModelCard(
+            MINIMAL_CARD.format(
+                metadata=data.to_yaml(), name=repo_id, backbone=backbone, thresholds=thresholds, call=call
+            )
+        )
     except Exception as error:  # of the client, whose kinds differ between its versions
         logger.warning(f"The card of {repo_id} cannot be read ({error}), and is left as it is.")
         return None
     known = card.data.tags or []
     card.data.tags = list(dict.fromkeys([*known, *tags]))
     return card if card.data.tags != known else None
-
-
-def _facts(model: Any) -> dict[str, str]:
-    if model.exit_config.thresholds is None:
-        text, call = "It has no thresholds yet: all images run to the end.", "model(image[None]).logits"
-    else:
-        text, call = "Its thresholds are in `exit_config.json`.", "model.predict_adaptive(image[None]).logits"
-    return {"backbone": model.config.backbone, "thresholds": text, "call": call}
 
 
 __all__ = ["minimal_card"]

@@ -124,7 +124,7 @@ def _check_source(model: Any, source: Any, pretrained: bool) -> None:
         )
 
 
-def _load_source(scan: Any, source: nn.Module, own_labels: bool) -> None:
+def _load_source(scan: PreTrainedModel, source: nn.Module, own_labels: bool) -> None:
     """
     Copy the weights of a model of timm into the backbone.
 
