@@ -32,9 +32,7 @@ ADAPTIVE = ("Its thresholds are in `exit_config.json`.", "model.predict_adaptive
 STATIC = ("It has no thresholds yet: all images run to the end.", "model(image[None]).logits")
 
 
-def minimal_card(
-    repo_id: str, backbone: str, adaptive: bool, tags: list[str], token: bool | str | None
-) -> ModelCard | None:
+def minimal_card(repo_id: str, backbone: str, adaptive: bool, tags: list[str], token: str | None) -> ModelCard | None:
     """
     Return the card that a push adds to a repository.
 
@@ -43,7 +41,7 @@ def minimal_card(
         backbone (`str`): Name of the backbone.
         adaptive (`bool`): Whether the network has thresholds.
         tags (`list[str]`): The card's tags.
-        token (`bool` or `str`, *optional*): A token that may read the repository.
+        token (`str`, *optional*): A token that may read the repository.
 
     Returns:
         `ModelCard`, *optional*: a new card where there is none, the repository's own where it lacks some of the tags,

@@ -64,13 +64,14 @@ class TruncationMixin(PreTrainedModel):
             )
         small = copy.deepcopy(self)
         small.config.exit_points = [self.stages[exit].name]
-        small.config.head_width = [self.config.head_width[exit]]  # type: ignore[index]
+        small.config.head_width = [self.config.head_width[exit]]
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
         small.stage_layers = small.stage_layers[:1]
         small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
-        return small.train(self.training)  # modules that stand for the removed ones start in training mode
+        small.train(self.training)  # modules that stand for the removed ones start in training mode
+        return small
 
 
 __all__ = ["TruncationMixin"]

@@ -59,3 +59,9 @@ def test_no_split_takes_both_parts_in_turn(network, tables):
 def test_targets_of_the_wrong_kind(network, tables, targets, kind, message):
     with pytest.raises(kind, match=message):
         calibrate(network, tables[0], **targets)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, None])
+def test_batch_sizes_that_are_none(network, tables, batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` is {batch_size}; expected"):
+        calibrate(network, tables[0], speedup=1.1, batch_size=batch_size)
