@@ -80,8 +80,7 @@ class InputChecksMixin(PreTrainedModel):
                 "indices of torch.int64. (For several labels an image, set `problem_type` to "
                 "'multi_label_classification'.)"
             )
-        valid = (labels == -100) | ((labels >= 0) & (labels < self.num_labels))
-        if check_values and labels.numel() and not valid.all():
+        if check_values and ((labels != -100) & ((labels < 0) | (labels >= self.num_labels))).any():
             raise ValueError(
                 f"`labels` holds values from {int(labels.min())} to {int(labels.max())}; expected class indices from "
                 f"0 to {self.num_labels - 1}. Set `num_labels` to what the data has, or correct the labels."
