@@ -36,13 +36,21 @@ def test_labels_out_of_range(model, images, label):
 
 
 @pytest.mark.parametrize(
-    "labels", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(2), torch.zeros(2, dtype=torch.int32)]
+    "labels", [torch.zeros(2, 5, dtype=torch.long), torch.zeros(2), torch.zeros(2, dtype=torch.bool)]
 )
 def test_labels_of_another_shape_or_type(model, images, labels):
     with pytest.raises(
         ValueError, match=r"`labels` has shape .* expected \(batch_size,\) class indices of torch.int64"
     ):
         model(images[:2], labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_labels_whose_meaning_is_clear(model, images, shape, dtype):
+    labels = torch.tensor([3, 1])
+    found = model(images[:2], labels=labels.reshape(shape).to(dtype)).loss
+    assert torch.equal(found, model(images[:2], labels=labels).loss)
 
 
 def test_images_smaller_than_the_deepest_reduction():

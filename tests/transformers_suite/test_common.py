@@ -119,7 +119,7 @@ class ScanTests(modeling.ModelTesterMixin):
     @unittest.skip(reason="As TimmWrapper: timm initialises its own weights; a checkpoint that lacks some is refused.")
     def test_can_init_all_missing_weights(self) -> None: ...
 
-    @unittest.skip(reason="Early exits are for one label of two or more; ScanConfig refuses other problem types.")
+    @unittest.skip(reason="Early exits are for labels; ScanConfig refuses regression, one of the problem types.")
     def test_problem_types(self) -> None: ...
 
 
