@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .calibration import RiskBound, calibrate, certify_thresholds
     from .calibration.monitor import ExitMonitor
     from .costs import MeasuredCosts, measure_costs, predicted_speedup, realised_speedup
+    from .data.folders import image_splits
     from .model.configuration_scan import ScanConfig
     from .model.exit_config import ExitConfig
     from .model.exit_rule import AdaptiveOutput, apply_exit_rule
@@ -40,6 +41,7 @@ _IMPORTED_WHEN_USED = {
     "apply_exit_rule": ".model.exit_rule",
     "calibrate": ".calibration",
     "certify_thresholds": ".calibration",
+    "image_splits": ".data.folders",
     "measure_costs": ".costs",
     "predicted_speedup": ".costs",
     "realised_speedup": ".costs",
@@ -67,6 +69,7 @@ __all__ = [
     "apply_exit_rule",
     "calibrate",
     "certify_thresholds",
+    "image_splits",
     "measure_costs",
     "predicted_speedup",
     "realised_speedup",

@@ -5,6 +5,7 @@ from .checks import check_images
 from .columns import prepare_columns, split_off
 from .datasets import DecodedRows, EpochCallback, ImagesInMemory, SeededImages
 from .digests import digests_as_text, sample_digests, shared_with, some_digests, tensor_digests
+from .folders import image_splits, read_image_folder
 from .transforms import eval_transform, train_transform
 
 
@@ -16,7 +17,9 @@ __all__ = [
     "check_images",
     "digests_as_text",
     "eval_transform",
+    "image_splits",
     "prepare_columns",
+    "read_image_folder",
     "sample_digests",
     "shared_with",
     "some_digests",
