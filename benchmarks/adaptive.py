@@ -59,7 +59,6 @@ from transformers import AutoImageProcessor, TimmWrapperForImageClassification, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import quickstart
-import train
 from adaptive_peers import cascade, cascade_threshold, earlyon
 
 from hf_scan import (
@@ -76,6 +75,7 @@ from hf_scan.calibration import collect_exit_logits
 from hf_scan.costs import describe_machine, interleaved_medians
 from hf_scan.data import eval_transform
 from hf_scan.model.exit_criteria import confidence_of
+from hf_scan.workflows import data_arguments
 
 
 BATCH_SIZES = (1, 8, 64)
@@ -229,8 +229,8 @@ def load_splits(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, int
         splits = quickstart.load_splits()
     else:
         columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-        data = train.DataArguments(dataset_name=arguments.dataset_name, **columns)
-        splits = train.load_splits(data, facts["seed"], validate="validation" in facts["splits"])
+        data = data_arguments.DataArguments(dataset_name=arguments.dataset_name, **columns)
+        splits = data_arguments.load_splits(data, facts["seed"], validate="validation" in facts["splits"])
     found, expected = ({name: sizes[name] for name in SPLITS} for sizes in (splits.num_rows, facts["splits"]))
     if found != expected:
         raise ValueError(f"The model's run had splits of {expected} images, and this dataset gives {found}.")

@@ -1,7 +1,6 @@
 """The scripts as a user starts them, in processes of their own, on a small folder of parquet files."""
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -23,9 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
-from hf_scan.training.baseline import plain_copy
-
-from .conftest import random_scan_model
+from hf_scan.workflows.recipes import parse_arguments
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -106,8 +103,8 @@ def check_output(folder: Path, processes: int = 1) -> dict:
 def test_where_weights_of_timm_are():
     """The base model on a card is a repository that there is, or none."""
     names = ["resnet50.a1_in1k", "resnet50", "hf-hub:alice/pets@main", "local-dir:/weights", "cifar_resnet20"]
-    code = f"import sys, json; sys.path.insert(0, {str(EXAMPLES)!r}); import train; "
-    code += f"print(json.dumps([train.source_on_the_hub(name) for name in {names}]))"
+    code = "import json; from hf_scan.workflows.model_arguments import source_on_the_hub; "
+    code += f"print(json.dumps([source_on_the_hub(name) for name in {names}]))"
     found = json.loads(next(line for line in run(sys.executable, "-c", code).splitlines() if line.startswith("[")))
     assert found[0] == "timm/resnet50.a1_in1k"
     assert found[1].startswith("timm/resnet50.")  # the default tag of this version
@@ -173,6 +170,10 @@ def test_plain_by_the_same_recipe(dataset_folder, tmp_path):
     weights = AutoModelForImageClassification.from_pretrained(plain).timm_model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in equipped.backbone.state_dict().items())
     assert not (tmp_path / "heads" / "features").exists()
+    # The deepest exit is the plain network, whose accuracy is known, and what no exit is sure about gets its answer.
+    rows = {row["name"]: row for row in json.loads((tmp_path / "heads" / "metrics.json").read_text())["rows"]}
+    assert rows["plain backbone"]["accuracy"] == rows["exit 2 (layer3)"]["accuracy"] == metrics["accuracy"]
+    assert equipped.exit_config.fallback == "deepest"
 
 
 def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
@@ -192,12 +193,10 @@ def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*_*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_one_for_its_network(recipe, tmp_path, monkeypatch):
+def test_every_recipe_is_one_for_its_network(recipe, tmp_path):
     """Every line of it is a flag, every network exists, and flags on the command line win."""
     given = [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "--learning_rate", "0.5"]
-    monkeypatch.syspath_prepend(EXAMPLES)
-    train = importlib.import_module("train")
-    data, network, args = train.parse_arguments(given)
+    data, network, args = parse_arguments(given)
     dataset, backbone = recipe.stem.split("_", 1)
     assert data.dataset_name == {"cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}[dataset]
     # `fast_` is the recipe for little compute, alone the file that its networks include; `half_` the network's width.
@@ -370,97 +369,3 @@ def test_calibrate(dataset_folder, tmp_path):
     error = run(sys.executable, EXAMPLES / "calibrate.py", *where, "--guarantee", "1.0", "--no_measure", fails=True)
     assert "12 samples do not certify a gap of at most 1 points" in error
     assert ExitConfig.from_pretrained(folder) == config
-
-
-def sorted_folder(folder: Path, classes: dict[str, int]) -> Path:
-    """Parquet files of images sorted by class, so many of each in every split."""
-    names = list(classes)
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    for split in ("train", "test", "validation"):
-        labels = [index for index, name in enumerate(names) for _ in range(classes[name])]
-        if split == "train":
-            labels = [label for label in labels if names[label] != "unseen"]
-        images = [PILImage.new("RGB", (8, 8), (label, number % 256, 0)) for number, label in enumerate(labels)]
-        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
-        folder.mkdir(exist_ok=True)
-        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
-
-
-@pytest.fixture
-def train_script(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("train")
-
-
-def splits_of(train_script, folder: Path, **settings):
-    return train_script.load_splits(train_script.DataArguments(str(folder), **settings), seed=0, validate=True)
-
-
-def test_a_part_of_a_sorted_split_has_all_its_classes(train_script, tmp_path):
-    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40, "c": 40})
-    splits = splits_of(train_script, folder, max_test_samples=30, max_train_samples=30)
-    for split in ("train", "test"):
-        assert len(splits[split]) == 30
-        assert min(np.bincount(splits[split]["labels"], minlength=3)) >= 4
-    again = splits_of(train_script, folder, max_test_samples=30)
-    assert list(again["test"]["labels"]) == list(splits["test"]["labels"])
-
-
-def test_a_search_split_of_its_own(train_script, tmp_path):
-    """All of it is searched on, none of the train split; and it is neither of the others."""
-    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40})
-    splits = splits_of(train_script, folder, search_split="validation")
-    assert {name: len(rows) for name, rows in splits.items()} == {
-        "train": 72,
-        "test": 80,
-        "search": 80,
-        "validation": 8,
-    }
-    for name in ("train", "test"):
-        with pytest.raises(ValueError, match=rf"`--{name}_split` and `--search_split` are both '{name}'"):
-            splits_of(train_script, folder, search_split=name)
-    with pytest.raises(ValueError, match=r"no split 'none'; it has .* Set `--search_split`"):
-        splits_of(train_script, folder, search_split="none")
-
-
-def test_an_image_that_cannot_be_read_is_named_before_training(train_script, tmp_path):
-    folder = tmp_path / "images"
-    for label in ("a", "b"):
-        (folder / "validation" / label).mkdir(parents=True)
-        for number in range(5):
-            PILImage.new("RGB", (8, 8)).save(folder / "validation" / label / f"{number}.png")
-    shutil.copytree(folder / "validation", folder / "train")
-    (folder / "train/b/1.png").write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"The 'train' split has 1 of 10 images .* row 6 \(.*train/b/1.png\)"):
-        splits_of(train_script, folder)
-    splits_of(train_script, folder, check_images=False, holdout=0.3)
-
-
-def test_a_class_without_a_train_image_is_named(train_script, tmp_path, capsys):
-    splits_of(train_script, sorted_folder(tmp_path / "images", {"a": 40, "unseen": 40, "b": 40}))
-    assert "The 'test' split has 1 classes without a train image, which cannot be learned, such as 'unseen'" in (
-        capsys.readouterr().err
-    )
-
-
-def test_a_search_split_that_is_too_small_is_refused_before_training(train_script, tmp_path):
-    folder = sorted_folder(tmp_path / "images", {"a": 40, "b": 40})
-    with pytest.raises(ValueError, match=r"has 8 images of 2 classes; thresholds need at least 10 .*`--search_split`"):
-        train_script.check_search_split(splits_of(train_script, folder))
-    for settings in ({"holdout": 0.0}, {"holdout": 0.2}, {"search_split": "validation"}):
-        train_script.check_search_split(splits_of(train_script, folder, **settings))
-
-
-def test_a_backbone_that_the_weights_are_not_of_is_refused(train_script, tmp_path):
-    model = random_scan_model()
-    plain_copy(model).save_pretrained(tmp_path)
-    ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
-    names, weights = list("abcde"), str(tmp_path)
-    settings = {"backbone_weights": weights, "image_size": 16}
-    with pytest.raises(ValueError, match=r"`--backbone` is 'resnet50', and the weights in .* are of 'cifar_resnet20'"):
-        train_script.create_model(train_script.ModelArguments(backbone="resnet50", **settings), names)
-    for given in ({}, {"backbone": "cifar_resnet20"}):
-        found = train_script.create_model(train_script.ModelArguments(**given, **settings), names)
-        assert found.exit_config.trained_on == "1: ab"
-        assert torch.equal(found.backbone.conv1.weight, model.backbone.conv1.weight)

@@ -25,6 +25,7 @@ ROOMS = {
     "metrics": {"model"},
     "reporting": {"model", "data", "costs", "runtime", "calibration"},
     "training": {"model", "data", "costs", "runtime", "calibration", "metrics", "reporting"},
+    "workflows": {"model", "data", "costs", "runtime", "calibration", "metrics", "reporting", "training"},
 }
 
 
