@@ -20,11 +20,18 @@ from ..model.evaluation_mode import evaluating
 from ..model.exit_criteria import confidence_of
 from ..model.exit_rule import AdaptiveOutput
 from ..model.stages import StageState
+from .allocator import allocator_hint
 from .values import ExitCosts, MeasuredCosts, RealisedSpeedup
 
 
 if TYPE_CHECKING:
     from ..model.modeling_scan import ScanForImageClassification
+
+
+logger = logging.get_logger(__name__)
+
+# Interquartile range over the median. On an idle machine it is a twentieth and less.
+WIDE_SPREAD = 0.15
 
 
 def count_macs(model: "ScanForImageClassification") -> ExitCosts:
@@ -110,11 +117,16 @@ def measure_costs(
     Measure the milliseconds of each stage and head on this machine, at the given batch size and at the powers of two
     below it, as a batch shrinks when images exit. The parts are timed one after another in a pass through the network,
     because each finds the caches as the part before left them, and a head together with the decision that it is for.
-    The plain backbone is timed in turns with them, compiled if the stages are.
+    The plain backbone is timed in turns with them, compiled if the stages are. A warning
+    says where times vary so much that other work on the machine, or the allocator, must be disturbing them.
+
+    Measure the runtime that will serve: the engine of an export to ONNX
+    ([`~hf_scan.runtime.ORTScanForImageClassification`]) takes the model's place.
 
     Args:
         model ([`ScanForImageClassification`]): The network in evaluation mode, in the memory format that it is used
-        in. batch_size (`int`, *optional*, defaults to 1): Number of images in a batch.
+            in.
+        batch_size (`int`, *optional*, defaults to 1): Number of images in a batch.
         dtype (`torch.dtype`, *optional*): The type to compute with. Defaults to the model's.
         threads (`int`, *optional*): Number of threads, on a CPU. Defaults to PyTorch's current number.
         device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
@@ -176,7 +188,7 @@ def measure_costs(
         values = {size: [1000 * getattr(part, statistic) for part in parts] for size, parts in measured.items()}
         return {size: ExitCosts(every[:-1:2], every[1:-1:2]) for size, every in values.items()}
 
-    return MeasuredCosts(
+    costs = MeasuredCosts(
         macs=count_macs(model),
         parameters=count_parameters(model),
         milliseconds=of_parts("median"),
@@ -185,6 +197,21 @@ def measure_costs(
         dtype=str(model.dtype).removeprefix("torch."),
         threads=threads,
         machine=machine,
+        plain_spread={size: 1000 * parts[-1].iqr for size, parts in measured.items()},
+    )
+    _warn_of_noise(costs)
+    return costs
+
+
+def _warn_of_noise(costs: MeasuredCosts) -> None:
+    size, noise = max(costs.noise.items(), key=lambda item: item[1])
+    if noise <= WIDE_SPREAD:
+        return
+    hint = allocator_hint()
+    logger.warning(
+        f"The times of the plain network in batches of {size} vary by {noise:.0%} (interquartile range over median), "
+        f"so that small differences between exits mean nothing. Stop other work on the machine and measure again, "
+        f"with more `rounds`.{'' if hint is None else ' ' + hint}"
     )
 
 

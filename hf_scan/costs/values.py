@@ -2,7 +2,7 @@
 """Hold the costs of stages and heads, and compute the speed-ups that follow from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class MeasuredCosts:
         dtype (`str`): The type that was computed with.
         threads (`int`): Number of threads, on a CPU.
         machine (`str`): The machine, in words.
+        plain_spread (`dict[int, float]`, *optional*): Interquartile range of `plain`, by batch size.
     """
 
     macs: ExitCosts
@@ -83,6 +84,12 @@ class MeasuredCosts:
     dtype: str
     threads: int
     machine: str
+    plain_spread: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> dict[int, float]:
+        """The whole backbone's interquartile range as a share of its median, by batch size."""
+        return {size: spread / self.plain[size] for size, spread in self.plain_spread.items()}
 
     @property
     def batch_size(self) -> int:
@@ -160,7 +167,7 @@ class MeasuredCosts:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         values = asdict(self)
-        for name in ("milliseconds", "spread", "plain"):
+        for name in ("milliseconds", "spread", "plain", "plain_spread"):
             values[name] = {str(size): value for size, value in values[name].items()}
         return values
 
@@ -172,7 +179,8 @@ class MeasuredCosts:
             read[name] = ExitCosts(**values[name])
         for name in ("milliseconds", "spread"):
             read[name] = {int(size): ExitCosts(**costs) for size, costs in values[name].items()}
-        read["plain"] = {int(size): value for size, value in values["plain"].items()}
+        for name in ("plain", "plain_spread"):  # the latter is not in older files
+            read[name] = {int(size): value for size, value in values.get(name, {}).items()}
         return cls(**read)
 
 

@@ -145,12 +145,42 @@ def exit_table(report: Mapping[str, Any]) -> str:
         )
     # Columns that are empty in all rows are left out.
     kept = [index for index in range(len(head)) if index == 0 or any(line[index] for line in table[1:])]
-    widths = [max(len(line[index]) for line in table) for index in kept]
+    return markdown_table([[line[index] for index in kept] for line in table])
+
+
+def costs_table(costs: MeasuredCosts) -> str:
+    """
+    Return the table of what each part costs, in Markdown: MACs, parameters, and for each batch size the median
+    milliseconds of a whole batch with their interquartile range.
+
+    Args:
+        costs ([`~hf_scan.costs.MeasuredCosts`]): From [`~hf_scan.measure_costs`].
+    """
+    sizes = sorted(costs.milliseconds)
+    table = [["", "MACs", "parameters", *(f"ms, batch {size}" for size in sizes)]]
+    for index in range(len(costs.macs.stages)):
+        for kind in ("stages", "heads"):
+            row = [f"{kind[:-1]} {index}"]
+            row += [f"{getattr(counted, kind)[index] / 1e6:.2f} M" for counted in (costs.macs, costs.parameters)]
+            for size in sizes:
+                milliseconds, spread = costs.milliseconds[size], costs.spread[size]
+                row.append(f"{getattr(milliseconds, kind)[index]:.3f} ± {getattr(spread, kind)[index]:.3f}")
+            table.append(row)
+    plain = ["plain backbone", f"{costs.macs.plain / 1e6:.2f} M", f"{costs.parameters.plain / 1e6:.2f} M"]
+    for size in sizes:
+        spread_of_plain = f" ± {costs.plain_spread[size]:.3f}" if size in costs.plain_spread else ""
+        plain.append(f"{costs.plain[size]:.3f}{spread_of_plain}")
+    return markdown_table([*table, plain])
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first of which is the head, as a table that is aligned for the terminal too."""
+    widths = [max(len(line[index]) for line in table) for index in range(len(table[0]))]
     lines = [
-        "| " + " | ".join(_aligned(line[index], width, index) for index, width in zip(kept, widths)) + " |"
+        "| " + " | ".join(_aligned(cell, width, index) for index, (cell, width) in enumerate(zip(line, widths))) + " |"
         for line in table
     ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in zip(kept, widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

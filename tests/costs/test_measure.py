@@ -1,4 +1,7 @@
+import copy
+import itertools
 import json
+import logging
 
 import pytest
 import torch
@@ -233,3 +236,23 @@ def test_shares_say_where_images_leave_and_not_who_answers(images):
     model.exit_config = ExitConfig(thresholds=[1.0, 1.0, 1.0], fallback="most_confident")
     assert (model.predict_adaptive(images).exit_index < 2).any()
     assert realised_speedup(model, images, batch_size=8, rounds=1).shares == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_noise_is_said(model, caplog, monkeypatch):
+    """A machine whose clock jumps is warned of; the spread is kept with the costs."""
+    costs = measure_costs(model, batch_size=2, rounds=2)
+    assert set(costs.plain_spread) == {1, 2}
+    assert costs.noise[2] == pytest.approx(costs.plain_spread[2] / costs.plain[2])
+    assert MeasuredCosts.from_dict(costs.to_dict()) == costs
+    older = costs.to_dict()
+    del older["plain_spread"]
+    assert MeasuredCosts.from_dict(older).noise == {}
+    monkeypatch.setattr(logging.getLogger("hf_scan"), "propagate", True)
+    for clock in ([1.0], [1.0, 1.0, 9.0]):
+        caplog.clear()
+        seconds = itertools.cycle(clock)
+        timed = copy.copy(model)
+        # As an exported network times itself.
+        timed.time_parts = lambda images, seconds=seconds: [next(seconds)] * (2 * model.num_exits + 1)
+        measure_costs(timed, rounds=9)
+        assert ("vary by" in caplog.text) == (len(clock) > 1)
