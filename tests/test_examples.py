@@ -209,6 +209,13 @@ def test_every_recipe_is_one_for_its_network(recipe, tmp_path):
         ScanForImageClassification(ScanConfig(backbone=network.backbone, num_labels=100))
 
 
+def test_the_recipe_for_photos(tmp_path):
+    data, network, args = parse_arguments([str(EXAMPLES / "recipes/photos.yaml"), "--output_dir", str(tmp_path)])
+    assert (data.crop, network.backbone_weights, args.optim) == ("resized", "timm", "adamw_torch")
+    with torch.device("meta"):
+        ScanForImageClassification(ScanConfig(backbone=network.backbone, num_labels=6))
+
+
 def test_two_processes(dataset_folder, tmp_path):
     """Started with torchrun: `accelerate launch --cpu` would run one and say nothing."""
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", EXAMPLES / "train.py"]

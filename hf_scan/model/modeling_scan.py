@@ -142,7 +142,7 @@ class ScanForImageClassification(
         feature_size = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         strides = [max(1, deepest.reduction // stage.reduction) for stage in stages[:-1]]
         config.head_width = head_widths(
-            config, [stage.channels for stage in stages[:-1]], strides, feature_size, self._weights_used(stages)
+            config, [stage.channels for stage in stages[:-1]], strides, feature_size, self.weights_used(stages)
         )
         with init.no_init_weights():  # `post_init` does it
             self.exit_heads = nn.ModuleList(
@@ -182,7 +182,7 @@ class ScanForImageClassification(
             whole = create_backbone(self.config)
         self.stages = self.truncate_in_place(cut_into_stages(whole, self.config.exit_points))
 
-    def _weights_used(self, stages: list[Stage]) -> float:
+    def weights_used(self, stages: list[Stage]) -> float:
         """Return the number of multiplications by weights for one pixel of the deepest map, in convolutions."""
         names = dict(self.backbone.named_parameters())
         total = 0.0

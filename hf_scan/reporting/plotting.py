@@ -222,6 +222,37 @@ def plot_reliability(
     figure.savefig(path, dpi=120)
 
 
+def plot_placement(rows: Sequence[Mapping[str, Any]], deepest: float, unit: str, path: str | Path) -> None:
+    """
+    Draws the accuracy of every candidate exit over its depth, and what each gains alone.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`): Of each candidate `name`, `cost` (a share of the plain network's),
+            `accuracy` in [0, 1], `speedup` and `chosen`.
+        deepest (`float`): The plain network's accuracy.
+        unit (`str`): What costs count.
+        path (`str` or `Path`): The picture to write; its ending gives the format.
+    """
+    figure = _figure(0.5 * len(rows) + 4, 6.0)
+    accuracy, gain = figure.subplots(2, 1)
+    costs = [row["cost"] for row in rows]
+    accuracy.plot([*costs, 1.0], [100 * value for value in [*(row["accuracy"] for row in rows), deepest]], "o-")
+    chosen = [row for row in rows if row["chosen"]]
+    places = [row["cost"] for row in chosen], [100 * row["accuracy"] for row in chosen]
+    accuracy.plot(*places, "o", color="C1", markersize=10, label="chosen")
+    accuracy.axhline(100 * deepest, color="grey", linestyle=":", label="plain network")
+    accuracy.set(xlabel=f"cost of an answer, as a share of the plain network's ({unit.split(',')[0]})")
+    accuracy.set(ylabel="accuracy, %")
+    accuracy.grid(alpha=0.3)
+    accuracy.legend()
+    colours = ["C1" if row["chosen"] else "C0" for row in rows]
+    bars = gain.bar(range(len(rows)), [row["speedup"] for row in rows], color=colours)
+    gain.bar_label(bars, fmt="%.2f", fontsize=8)
+    gain.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=45, ha="right")
+    gain.set_ylabel("speed-up with this exit alone, x")
+    figure.savefig(path, dpi=120)
+
+
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure

@@ -1,0 +1,445 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""From a trained classifier and a folder of images to a faster one."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.calibrate import calibrate
+from ..calibration.certify import RiskBound
+from ..calibration.exit_table import ExitTable, collect_exit_logits
+from ..costs.allocator import keep_freed_memory
+from ..costs.measure import describe_machine, measure_costs, realised_speedup
+from ..costs.values import MeasuredCosts, RealisedSpeedup
+from ..data.columns import split_off
+from ..data.datasets import SeededImages
+from ..data.transforms import eval_transform, train_transform
+from ..model.evaluation_mode import evaluating
+from ..model.image_processing_scan import create_image_processor
+from ..model.modeling_scan import ScanForImageClassification
+from ..model.provenance import unknown_images
+from ..reporting.model_card import create_model_card
+from ..reporting.report import exit_report, exit_table, speedup_lines
+from ..training.output_dirs import lock_output_folder, replaced_folder
+from ..training.trainer import collate_rows
+from .calibrate_run import score
+from .data_arguments import DataArguments, check_search_split, load_splits, metadata, title
+from .equip_arguments import EquipArguments, Equipped
+from .linear_probe import fit_classifier
+from .model_arguments import load_plain_network
+from .part_costs import RUNTIMES, PartCosts, costs_of_parts, serving_runtime
+from .recipes import HEADS_RECIPE
+from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
+from .steps import Steps
+from .verdict import NOTHING
+
+
+STEPS = "steps"
+# Images that the speed-up is measured on; each round runs all of them.
+TIMED_IMAGES = 100
+# Images by which it is seen whether the classes are those that the weights know.
+CHECKED_IMAGES = 100
+# Of the heads' learning rate, where the backbone is trained with them: its weights are good already.
+FINETUNING_RATE = 0.1
+
+
+def equip(model: str, data: str, output: str, **settings: Any) -> Equipped:
+    """
+    Give a trained classifier early exits: place them, train their heads, find thresholds for what may be lost,
+    measure, export and document it. A run that was interrupted goes on where it stopped when it is started again.
+
+    Args:
+        model, data, output (`str`): As in [`EquipArguments`], a model of timm, a folder of images and one to write to.
+        settings: The other fields of [`EquipArguments`], such as `weights` and `max_accuracy_drop`.
+
+    Returns:
+        [`Equipped`]: four lines when printed.
+
+    Raises:
+        `ValueError`: if an argument is out of range, or model, weights and images do not go together.
+        `FileExistsError`: if `output` holds something else, or another run writes to it.
+    """
+    return run_equip(EquipArguments(model=model, data=data, output=output, **settings))
+
+
+def run_equip(arguments: EquipArguments) -> Equipped:
+    """As [`equip`], of an object of arguments."""
+    _check_arguments(arguments)
+    if arguments.runtime == "macs":
+        raise ValueError("`runtime` is 'macs', which serves nothing; expected 'onnx' or 'pytorch'.")
+    keep_freed_memory()
+    lock = lock_output_folder(arguments.output, [STEPS])
+    try:
+        return _Run(arguments).run()
+    finally:
+        lock.release()
+
+
+def place_exits(arguments: EquipArguments) -> ExitSearch:
+    """
+    Do the first steps of [`equip`] only: tell where exits pay, without training them to the end.
+
+    Args:
+        arguments ([`EquipArguments`]): As for [`equip`]; `output` keeps what was done, to go on from.
+    """
+    _check_arguments(arguments)
+    keep_freed_memory()
+    run = _Run(arguments)
+    run.prepare_plain()
+    return run.place_exits()
+
+
+def _check_arguments(arguments: EquipArguments) -> None:
+    if arguments.runtime not in (None, *RUNTIMES):
+        raise ValueError(f"`runtime` is {arguments.runtime!r}; expected one of {list(RUNTIMES)}.")
+    if arguments.max_exits < 1:
+        raise ValueError(f"`max_exits` is {arguments.max_exits}; expected a whole number of at least 1.")
+    if not 0 <= arguments.max_accuracy_drop <= 100:
+        raise ValueError(f"`max_accuracy_drop` is {arguments.max_accuracy_drop}; expected points, such as 0.5.")
+    if not 0 < arguments.holdout < 1:
+        raise ValueError(f"`holdout` is {arguments.holdout}; expected a share between 0 and 1.")
+    if min(arguments.search_epochs, arguments.epochs) < 0 or arguments.search_epochs == 0:
+        raise ValueError(
+            f"`search_epochs` is {arguments.search_epochs} and `epochs` {arguments.epochs}; expected numbers above 0 "
+            "and of at least 0."
+        )
+    if arguments.guarantee is not None:
+        RiskBound(arguments.guarantee, arguments.delta)
+
+
+class _Run:
+    """One run of [`equip`]: a method for each step, and what they hand on."""
+
+    def __init__(self, arguments: EquipArguments) -> None:
+        self.arguments = arguments
+        self.runtime = arguments.runtime or serving_runtime()
+        # The network comes first: a name or a file that does not exist is refused before images are read.
+        source = _load_source(arguments)
+        data = DataArguments(dataset_name=arguments.data, holdout=arguments.holdout)
+        self.splits = load_splits(data, arguments.seed, validate=False)
+        check_search_split(self.splits)
+        if arguments.guarantee is not None:
+            self.splits["search"], self.splits["certify"] = split_off(self.splits["search"], 0.5, arguments.seed)
+        names = self.splits["train"].features["labels"].names
+        self.new_classes = source.num_labels != len(names)
+        self.plain = _for_classes(source, names) if self.new_classes else source
+        self.processor = create_image_processor(self.plain)
+        if not self.new_classes:
+            _name_classes(self.plain, names)
+        self.steps = Steps(Path(arguments.output, STEPS), 5)
+
+    def run(self) -> Equipped:
+        counts = self.count_images()
+        print(f"{title(self.arguments.data)}: {', '.join(f'{count} {name}' for name, count in counts.items())} images")
+        self.prepare_plain()
+        search = self.place_exits()
+        if not search.exit_points:
+            return self.give_up(search)
+        model = self.train_exits(search)
+        engine = self.measure(model)
+        return self.finish(model, engine, search)
+
+    def count_images(self) -> dict[str, int]:
+        """Return the number of images by split."""
+        return {name: len(rows) for name, rows in self.splits.items()}
+
+    def images(self, split: str, augmented: bool = False) -> Any:
+        """Return a split as the network takes it."""
+        rows = self.splits[split]
+        if not augmented:
+            return rows.with_transform(eval_transform(self.processor))
+        transformed = rows.with_transform(train_transform(self.processor, crop=self.crop))
+        return SeededImages(transformed, self.arguments.seed)
+
+    @property
+    def crop(self) -> str:
+        """How train images are cropped: boldly only where there is much to learn."""
+        return "resized" if self.arguments.finetune else "pad"
+
+    def prepare_plain(self) -> None:
+        """Fit a new classifier where the weights are of other classes than the images."""
+        arguments, file = self.arguments, self.steps.folder / "plain.pt"
+        settings = {name: getattr(arguments, name) for name in ("model", "weights", "image_size", "data", "seed")}
+        settings |= {
+            "images": self.count_images(),
+            "fingerprint": None if self.new_classes else self.plain.fingerprint(),
+        }
+
+        def work() -> dict[str, Any]:
+            accuracy = None
+            if self.new_classes:
+                accuracy = fit_classifier(self.plain, self.images("train"), num_workers=arguments.workers)
+                print(f"      {accuracy:.2%} of images that were held out are right", flush=True)
+            else:
+                _check_classes(self.plain, self.images("train"), arguments)
+            torch.save(self.plain.backbone.state_dict(), file)
+            return {"held_out_accuracy": accuracy}
+
+        fit = f"Fit a classifier for {self.plain.num_labels} classes, which the weights do not know"
+        self.steps.run("plain", fit if self.new_classes else "Take the network as it is", settings, work)
+        self.plain.backbone.load_state_dict(torch.load(file, weights_only=True))
+
+    def place_exits(self) -> ExitSearch:
+        """Train the heads of all candidates, measure costs once, and choose."""
+        arguments, folder = self.arguments, self.steps.folder / "search"
+        wide = wide_network(self.plain, arguments.max_exits, arguments.exit_points, arguments.seed)
+        names = ("search_epochs", "batch_size", "max_exits", "finetune", "serve_batch_size")
+        settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+        settings |= {"exit_points": wide.config.exit_points, "guarantee": arguments.guarantee is not None}
+        settings |= {"runtime": self.runtime}
+        images = self.images("train", augmented=True)
+
+        def work() -> dict[str, Any]:
+            self.estimate(wide, images)
+            train_candidates(wide, images, folder, resumable=True, **self.training(arguments.search_epochs))
+            collect_exit_logits(wide.eval(), self.images("search")).save(folder / "table.safetensors")
+            costs = costs_of_parts(wide, self.runtime, arguments.serve_batch_size)
+            wide.save_pretrained(folder / "model")
+            _remove_checkpoints(folder)
+            return {"costs": costs.to_dict()}
+
+        candidates, count = len(wide.exit_heads), len(self.splits["train"])
+        what = f"Place exits: {candidates} candidates, {arguments.search_epochs:g} epochs of {count:,} images"
+        found = self.steps.run("search", what, settings, work)
+        wide = ScanForImageClassification.from_pretrained(folder / "model").eval()
+        table, costs = ExitTable.load(folder / "table.safetensors"), PartCosts.from_dict(found["costs"])
+        search = choose_exits(wide, table, costs, arguments.max_exits, arguments.max_accuracy_drop)
+        print(search, flush=True)
+        return search
+
+    def training(self, epochs: float) -> dict[str, Any]:
+        """Return arguments of every training."""
+        arguments = self.arguments
+        return {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": arguments.batch_size,
+            "dataloader_num_workers": arguments.workers,
+            "seed": arguments.seed,
+        }
+
+    def estimate(self, wide: ScanForImageClassification, images: Any) -> None:
+        """Print how long the run will take, from a few training steps' time."""
+        wide.freeze_backbone()
+        wide.train()
+        seconds = 0.0
+        for rows in (range(4), range(4, 12)):  # the first warms up
+            start = time.monotonic()
+            batch = collate_rows(images.__getitems__([row % len(images) for row in rows]))
+            sum(logits.square().mean() for logits in wide(batch["pixel_values"]).exit_logits).backward()
+            seconds = (time.monotonic() - start) / len(rows)
+        wide.zero_grad()
+        arguments = self.arguments
+        epochs = arguments.search_epochs + arguments.epochs * (3 if arguments.finetune else 0.7)
+        held_out = sum(len(self.splits[name]) for name in self.splits if name != "train")
+        total = seconds * (epochs * len(images) + held_out) + 120  # the last for costs, export and times
+        minutes = max(1, round(total / 60))
+        print(f"      about {minutes} minutes in all, from {seconds:.3f} s for a train image", flush=True)
+
+    def train_exits(self, search: ExitSearch) -> ScanForImageClassification:
+        """Train the chosen heads further, or the whole network."""
+        arguments, folder = self.arguments, self.steps.folder / "train"
+        settings = {name: getattr(arguments, name) for name in ("epochs", "finetune", "learning_rate")}
+        settings |= {"exit_points": search.exit_points}
+
+        def work() -> dict[str, Any]:
+            model = search.create_model()
+            if arguments.epochs:
+                rate = HEADS_RECIPE["learning_rate"] * (FINETUNING_RATE if arguments.finetune else 1)
+                train_candidates(
+                    model.to(memory_format=torch.channels_last),
+                    self.images("train", augmented=True),
+                    folder,
+                    resumable=True,
+                    freeze_backbone=not arguments.finetune,
+                    learning_rate=arguments.learning_rate or rate,
+                    **self.training(arguments.epochs),
+                )
+            model.save_pretrained(folder / "model")
+            _remove_checkpoints(folder)
+            return {}
+
+        what = "the network with its exits" if arguments.finetune else f"the heads at {', '.join(search.exit_points)}"
+        self.steps.run("train", f"Train {what}, {arguments.epochs:g} epochs", settings, work)
+        return ScanForImageClassification.from_pretrained(folder / "model").eval()
+
+    def measure(self, model: ScanForImageClassification) -> Any:
+        """Export where ONNX Runtime will serve, and measure what the parts cost there."""
+        arguments, folder = self.arguments, self.steps.folder / "onnx"
+        onnx = self.runtime == "onnx"
+        engine: Any = None if onnx else model.to(memory_format=torch.channels_last)
+
+        def load() -> Any:
+            from ..runtime.engine import ORTScanForImageClassification
+
+            return ORTScanForImageClassification.from_pretrained(folder)
+
+        def work() -> dict[str, Any]:
+            if onnx:
+                shutil.rmtree(folder, ignore_errors=True)
+                model.export_onnx(folder)
+            measured = measure_costs(load() if onnx else engine, arguments.serve_batch_size)
+            return {"costs": measured.to_dict()}
+
+        what = "Export to ONNX and measure what exits cost there" if onnx else "Measure what exits cost"
+        settings = {"fingerprint": model.fingerprint(), "serve_batch_size": arguments.serve_batch_size}
+        costs = self.steps.run("costs", what, settings, work)["costs"]
+        model.exit_config = model.exit_config.replace(costs=MeasuredCosts.from_dict(costs))
+        return load() if onnx else engine
+
+    def finish(self, model: ScanForImageClassification, engine: Any, search: ExitSearch) -> Equipped:
+        """Find thresholds, test, and write everything."""
+        arguments = self.arguments
+        self.steps.number += 1
+        print(f"[{self.steps.number}/{self.steps.count}] Find thresholds, test and write", flush=True)
+        self.find_thresholds(model)
+        scores = score(model, collect_exit_logits(model, self.images("test"), "test"))
+        engine.exit_config = model.exit_config
+        if engine is not model:
+            engine.save_pretrained(engine.folder)  # so that one file answers a single image by this rule
+        count = min(TIMED_IMAGES, len(self.splits["test"]))
+        timed = self.splits["test"].shuffle(seed=arguments.seed).select(range(count))
+        pixels = collate_rows(list(timed.with_transform(eval_transform(self.processor))))["pixel_values"]
+        if engine is model:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        measured = realised_speedup(engine, pixels, arguments.serve_batch_size)
+        report = exit_report(model, scores, [measured], plain_accuracy=scores["accuracy"])
+        print("\n".join([exit_table(report), *speedup_lines(report)]), flush=True)
+        runtime = "ONNX Runtime" if engine is not model else "PyTorch"
+        result = Equipped(
+            plain_accuracy=scores["accuracy"],
+            accuracy=scores["adaptive_accuracy"],
+            speedup=measured.speedup,
+            runtime=f"{runtime}, batch size {arguments.serve_batch_size}",
+            output=arguments.output,
+            next_step=_next_step(arguments, search, measured),
+        )
+        self.write(model, engine, search, report, result)
+        return result
+
+    def find_thresholds(self, model: ScanForImageClassification) -> None:
+        """Find thresholds for the target, and certify them if asked."""
+        arguments = self.arguments
+        target: dict[str, Any] = {"max_accuracy_drop": arguments.max_accuracy_drop}
+        if arguments.guarantee is not None:
+            target["guarantee"] = RiskBound(arguments.guarantee, arguments.delta)
+            target["certify_dataset"] = collect_exit_logits(model, self.images("certify"), "certify")
+        table = collect_exit_logits(model, self.images("search"))
+        model.exit_config = calibrate(
+            model, table, batch_size=arguments.serve_batch_size, fallback="deepest", **target
+        )
+
+    def write(
+        self, model: ScanForImageClassification, engine: Any, search: ExitSearch, report: Any, result: Equipped
+    ) -> None:
+        """Put the output folder in place: weights, thresholds, figures, pictures, card and export."""
+        arguments = self.arguments
+        facts: dict[str, Any] = {
+            "dataset": title(arguments.data),
+            "splits": self.count_images(),
+            "seed": arguments.seed,
+            "machine": describe_machine(model.device),
+            "recipe": {
+                "backbone": "trained with the heads" if arguments.finetune else "frozen",
+                "epochs": f"{arguments.search_epochs:g} with all candidates, {arguments.epochs:g} with those chosen",
+            },
+        }
+        with replaced_folder(arguments.output, [STEPS]) as folder:
+            model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            if engine is not model:
+                shutil.copytree(Path(engine.folder, "onnx"), folder / "onnx")
+            written = {**facts, **report, "placement": search.to_dict(), "result": result.to_dict()}
+            (folder / "metrics.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            _draw(search, folder / "placement.png")
+            known = metadata(DataArguments(dataset_name=arguments.data))
+            create_model_card(model, report, facts, title(arguments.output), **known).save(folder / "README.md")
+
+    def give_up(self, search: ExitSearch) -> Equipped:
+        """Say that exits do not pay, and leave what was found."""
+        folder = self.steps.folder
+        (folder / "placement.json").write_text(json.dumps(search.to_dict(), indent=2) + "\n", encoding="utf-8")
+        _draw(search, folder / "placement.png")
+        table = collect_exit_logits(search.model, self.images("test"), "test")
+        accuracy = float((table.deepest == table.labels).mean())
+        return Equipped(
+            plain_accuracy=accuracy,
+            accuracy=accuracy,
+            speedup=1.0,
+            runtime="no runtime, since no exit pays,",
+            output=f"{folder} (what the search found; there is no faster network)",
+            next_step=f"{search.verdict.reason} Deploy the plain network, or try a larger `max_accuracy_drop`"
+            f"{'' if self.arguments.finetune else ', or `finetune`'}.",
+        )
+
+
+def _load_source(arguments: EquipArguments) -> ScanForImageClassification:
+    """Return the trained network as it is, with the classes that it knows."""
+    settings: dict[str, Any] = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    if arguments.weights == "timm":
+        return ScanForImageClassification.from_timm(arguments.model, pretrained=True, **settings)
+    plain = load_plain_network(arguments.model, arguments.weights, image_size=arguments.image_size)
+    trained_on = unknown_images(f"weights of {Path(arguments.weights).name}")
+    return ScanForImageClassification.from_timm(plain, trained_on=trained_on, **settings)
+
+
+def _for_classes(source: ScanForImageClassification, names: list[str]) -> ScanForImageClassification:
+    """Return the network with a new classifier for other classes."""
+    return ScanForImageClassification.from_timm(
+        source.backbone,
+        num_labels=len(names),
+        trained_on=source.exit_config.trained_on,
+        image_size=source.config.image_size,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+
+
+def _name_classes(plain: ScanForImageClassification, names: list[str]) -> None:
+    """Call classes as their folders are, where the weights do not name them."""
+    if all(str(name).startswith("LABEL_") for name in plain.config.id2label.values()):
+        plain.config.id2label = dict(enumerate(names))
+        plain.config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def _check_classes(plain: ScanForImageClassification, images: Any, arguments: EquipArguments) -> None:
+    """Refuse images whose classes cannot be those of the weights, or not in this order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CHECKED_IMAGES].tolist()
+    batch = collate_rows([images[row] for row in order])
+    with evaluating(plain), torch.inference_mode():
+        answers = plain.backbone(batch["pixel_values"]).argmax(dim=-1)
+    accuracy = float((answers == batch["labels"]).float().mean())
+    chance = 1 / plain.num_labels
+    if accuracy < chance + 0.1 * (1 - chance):
+        raise ValueError(
+            f"The network is right on {accuracy:.1%} of {len(order)} images of {arguments.data}, hardly more than by "
+            f"chance among {plain.num_labels} classes; expected images of its own classes, in the order of the "
+            "folders' names. Rename the folders, or correct `weights`."
+        )
+
+
+def _next_step(arguments: EquipArguments, search: ExitSearch, measured: RealisedSpeedup) -> str:
+    if measured.speedup < NOTHING:
+        return (
+            f"exits do not pay here: {measured.speedup:.2f}x measured, where {search.speedup:.2f}x was expected. "
+            "Deploy `model.backbone`, allow a larger `max_accuracy_drop`, or try `finetune`."
+        )
+    return f"try it with `hf-scan predict {arguments.output} photo.jpg`; README.md there shows how to use it in code."
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _draw(search: ExitSearch, path: Path) -> None:
+    try:
+        search.plot(path)
+    except ImportError as error:
+        print(error)
+
+
+__all__ = ["STEPS", "equip", "run_equip"]

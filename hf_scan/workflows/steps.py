@@ -1,0 +1,96 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Steps of a long run, each done once: what finished before an interruption is not done again."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Steps:
+    """
+    The steps of a run, in their order. A record of each lies in a folder, with all settings that it and the steps
+    before it depend on; a step whose record has the same settings is not repeated. A step that was interrupted finds
+    what it left in a folder of its name, unless its settings have changed since.
+
+    Args:
+        folder (`str` or `Path`): Where records, and what steps make, are kept.
+        count (`int`): How many steps there will be, for the progress.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from hf_scan.workflows.steps import Steps
+
+    >>> folder = tempfile.mkdtemp()
+    >>> for _ in range(2):
+    ...     found = Steps(folder, 1).run("double", "Doubling", {"number": 4}, lambda: {"doubled": 8})
+    [1/1] Doubling
+    [1/1] Doubling: done before
+    >>> found
+    {'doubled': 8}
+    ```
+    """
+
+    def __init__(self, folder: str | Path, count: int) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.count = count
+        self.number = 0
+        self.settings: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(
+        self, name: str, title: str, settings: dict[str, Any], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """
+        Do a step, unless it has been done.
+
+        Args:
+            name (`str`): Of its record.
+            title (`str`): What it does, for people.
+            settings (`dict[str, Any]`): What its result depends on, besides the settings of the steps before.
+            work (`Callable`): Does it, and returns a result for JSON.
+
+        Returns:
+            `dict[str, Any]`: the result, of now or of before.
+        """
+        self.number += 1
+        self.settings = json.loads(json.dumps({**self.settings, name: settings}))
+        file = self.folder / f"{name}.json"
+        record = _read(file)
+        if record.get("settings") == self.settings and "result" in record:
+            print(f"[{self.number}/{self.count}] {title}: done before", flush=True)
+            self.seconds[name] = record["seconds"]
+            result: dict[str, Any] = record["result"]
+            return result
+        print(f"[{self.number}/{self.count}] {title}", flush=True)
+        if record.get("settings") != self.settings:  # else it goes on from what it left
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._write(file, {"settings": self.settings})
+        start = time.monotonic()
+        result = work()
+        self.seconds[name] = time.monotonic() - start
+        self._write(file, {"settings": self.settings, "seconds": self.seconds[name], "result": result})
+        return result
+
+    @staticmethod
+    def _write(file: Path, record: dict[str, Any]) -> None:
+        unfinished = file.with_name(f".{file.name}")
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+__all__ = ["Steps"]

@@ -1,0 +1,189 @@
+"""The whole way, with a tiny network whose exits can learn what there is to see."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_scan import Equipped, ScanForImageClassification, equip, image_splits
+from hf_scan.cli import main
+from hf_scan.model.image_processing_scan import create_image_processor
+from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.workflows import equip as module
+from hf_scan.workflows.equip_arguments import EquipArguments
+from hf_scan.workflows.linear_probe import fit_classifier
+
+
+SETTINGS = {"image_size": 32, "search_epochs": 2, "epochs": 1, "batch_size": 16, "max_exits": 1, "holdout": 0.3}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Two classes of colours that any exit tells apart."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(140):
+        path = folder / ("train" if number < 100 else "test") / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (36, 32, 3)) + 150 * np.eye(3, dtype=int)[number % 2]
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Of a network of five other classes."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "cifar.safetensors"
+    save_file(timm.create_model("cifar_resnet20", num_classes=5).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(photos, weights, tmp_path_factory) -> tuple[Equipped, Path]:
+    output = tmp_path_factory.mktemp("runs") / "faster"
+    settings = {**SETTINGS, "max_accuracy_drop": 20, "runtime": "onnx"}
+    return equip("cifar_resnet20", str(photos), str(output), weights=str(weights), **settings), output
+
+
+def test_what_it_writes_is_whole(made, photos, weights):
+    result, output = made
+    assert {path.name for path in output.iterdir()} == {
+        *("README.md", "config.json", "exit_config.json", "metrics.json", "model.safetensors", "onnx"),
+        *("placement.png", "preprocessor_config.json", "steps"),
+    }
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["splits"] == {"train": 70, "search": 30, "test": 40}
+    assert metrics["result"] == result.to_dict()
+    rows = {row["name"]: row for row in metrics["rows"]}
+    assert rows["plain backbone"]["accuracy"] == result.plain_accuracy  # known, since the backbone is frozen
+    assert rows["adaptive"]["accuracy"] == result.accuracy
+    model = AutoModelForImageClassification.from_pretrained(output).eval()
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert model.exit_config.fallback == "deepest"
+    assert model.exit_config.search["max_accuracy_drop"] == 20
+    source = timm.create_model("cifar_resnet20", num_classes=5)
+    source.load_state_dict({**source.state_dict(), **_load(weights)})
+    assert torch.equal(model.backbone.layer3[2].conv2.weight, source.layer3[2].conv2.weight)  # frozen
+    # The export beside it answers as the checkpoint does.
+    pixels = AutoImageProcessor.from_pretrained(output)(
+        [Image.open(path) for path in sorted((photos / "test").rglob("*.png"))[:5]], return_tensors="pt"
+    )["pixel_values"]
+    answers = ORTScanForImageClassification.from_pretrained(output).predict_adaptive(pixels)
+    expected = model.predict_adaptive(pixels)
+    assert answers.exit_index.tolist() == expected.exit_index.tolist()
+    assert torch.allclose(answers.logits, expected.logits, atol=1e-4)
+
+
+def _load(file):
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def test_four_lines_say_it(made):
+    result, output = made
+    lines = str(result).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["Accuracy", "Speed-up", "Written to", "Next"]
+    assert "measured in ONNX Runtime, batch size 1" in lines[1]
+    assert str(output) in lines[2]
+
+
+def test_it_goes_on_where_it_stopped(photos, weights, tmp_path, capsys, monkeypatch):
+    """Killed while exits are trained: neither the classifier nor the search is done again; the same comes out."""
+    arguments = {**SETTINGS, "weights": str(weights), "max_accuracy_drop": 20, "runtime": "pytorch"}
+    request = EquipArguments(model="cifar_resnet20", data=str(photos), output=str(tmp_path / "run"), **arguments)
+    train = module.train_candidates
+
+    def killed(model, images, folder, **settings):
+        if Path(folder).name == "train":
+            raise KeyboardInterrupt
+        train(model, images, folder, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_candidates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            module.run_equip(request)
+    assert not (tmp_path / "run" / "config.json").exists()
+    first = capsys.readouterr().out
+    assert "about" in first  # an estimate
+    trained = []
+
+    def counted(model, images, folder, **settings):
+        trained.append(Path(folder).name)
+        train(model, images, folder, **settings)
+
+    monkeypatch.setattr(module, "train_candidates", counted)
+    module.run_equip(request)
+    assert trained == ["train"]
+    again = capsys.readouterr().out
+    assert again.count("done before") == 2
+    # Another target needs no other search.
+    request.max_accuracy_drop = 25
+    module.run_equip(request)
+    assert trained == ["train"]
+
+
+def test_where_no_exit_pays_it_says_so(photos, weights, tmp_path, monkeypatch):
+    """Heads as dear as the network."""
+    costs = module.costs_of_parts
+
+    def dear(*arguments):
+        found = costs(arguments[0], "macs").to_dict()
+        found["shares"]["heads"][:-1] = [1.0 for _ in found["shares"]["heads"][:-1]]
+        return module.PartCosts.from_dict(found)
+
+    monkeypatch.setattr(module, "costs_of_parts", dear)
+    result = equip("cifar_resnet20", str(photos), str(tmp_path / "run"), weights=str(weights), **SETTINGS)
+    assert result.speedup == 1.0
+    assert result.accuracy == result.plain_accuracy
+    assert "The best exit is layer" in result.next_step
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert json.loads((tmp_path / "run" / "steps" / "placement.json").read_text())["exit_points"] == []
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_classes_are_those_of_the_weights(photos, tmp_path, right):
+    """A network that knows the two classes, and one whose classes are in the other order."""
+    torch.manual_seed(0)
+    source = timm.create_model("cifar_resnet20", num_classes=2)
+    model = ScanForImageClassification.from_timm(source, image_size=32)
+    fit_classifier(model, image_splits(photos, create_image_processor(model), crop="none")["train"])
+    with torch.no_grad():
+        for parameter in () if right else (model.backbone.fc.weight, model.backbone.fc.bias):
+            parameter.copy_(parameter.flip(0))
+    save_file(model.backbone.state_dict(), tmp_path / "weights.safetensors")
+    arguments = ("cifar_resnet20", str(photos), str(tmp_path / "run"))
+    request = EquipArguments(*arguments, weights=str(tmp_path / "weights.safetensors"), image_size=32)
+    run = module._Run(request)
+    assert run.plain.config.id2label == {0: "cat", 1: "dog"}
+    if right:
+        run.prepare_plain()
+        assert torch.equal(run.plain.backbone.fc.weight, model.backbone.fc.weight)
+    else:
+        with pytest.raises(ValueError, match="hardly more than by chance among 2 classes"):
+            run.prepare_plain()
+
+
+def test_bad_requests_are_refused_before_images_are_read(tmp_path, capsys):
+    settings = {"model": "cifar_resnet20", "data": str(tmp_path / "none"), "output": str(tmp_path / "run")}
+    for changes, message in (
+        ({"weights": str(tmp_path / "none.pth")}, "There is no file"),
+        ({"model": "resnet_of_dreams", "weights": str(tmp_path)}, "There is no file"),
+        ({"runtime": "tensorrt"}, "`runtime` is 'tensorrt'"),
+        ({"runtime": "macs"}, "serves nothing"),
+        ({"max_exits": 0}, "`max_exits` is 0"),
+        ({"max_accuracy_drop": -1}, "`max_accuracy_drop` is -1"),
+        ({"holdout": 1.5}, "`holdout` is 1.5"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            equip(**{**settings, **changes})
+        assert not (tmp_path / "run").exists()
+    assert main(["equip", "--model", "cifar_resnet20"]) == 2
+    assert "--data" in capsys.readouterr().err
