@@ -275,12 +275,15 @@ def test_presets_and_what_is_given_in_their_place(tmp_path):
 
 
 def one_loss(tmp_path, model, teacher=None, **settings):
+    """The terms of a step as they are logged, the logits and the batch."""
     trainer = ScanTrainer(model, arguments(tmp_path, **settings), train_dataset=rows(8), teacher=teacher)
     batch = next(iter(trainer.get_train_dataloader()))
     model.train()
     with torch.no_grad():
         trainer.compute_loss(model, batch)
-    return trainer._term_sums, model(batch["pixel_values"]).exit_logits, batch
+    logged = {"loss": 0.0}
+    trainer.log(logged)
+    return logged, model(batch["pixel_values"]).exit_logits, batch
 
 
 def test_teachers(tmp_path):
