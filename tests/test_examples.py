@@ -123,7 +123,7 @@ def test_train_then_resume(dataset_folder, tmp_path):
     assert check_output(tmp_path / "run")["recipe"]["steps"] == 30
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_killed_and_resumed(dataset_folder, tmp_path, in_memory):
     """In the middle of an epoch, by the operating system: the weights end up the same, bit for bit."""
     changes = {"max_steps": 16, "save_steps": 2, "save_total_limit": 2, "in_memory": in_memory, "optim": "sgd"}

@@ -414,7 +414,7 @@ def _check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str
     missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
     if missing:
         raise ValueError(
-            f"The weights of {name or 'the state dict'} lack {len(missing)} of the backbone's, the first being "
+            f"The weights of {name or '`state_dict`'} lack {len(missing)} of the backbone's, the first being "
             f"{missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
         )
 

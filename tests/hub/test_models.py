@@ -157,7 +157,7 @@ def test_an_old_cache_and_a_hub_that_falters(hub, checkpoint, tmp_path):
     check(tmp_path / "after", model)
 
 
-@pytest.mark.parametrize("status", [403, 503])
+@pytest.mark.parametrize("status", [403, pytest.param(503, marks=pytest.mark.slow)])  # it is asked for again
 def test_thresholds_that_do_not_arrive_are_not_taken_for_missing(hub, checkpoint, status):
     folder, _ = checkpoint
     hub.push("alice/net", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
@@ -199,6 +199,7 @@ for attempt in (
     assert said[4].startswith("OSError exit_config.json of alice/nothing could not be loaded (RepositoryNotFoundError")
 
 
+@pytest.mark.slow
 def test_pushed_into_a_subfolder(hub, checkpoint, tmp_path):
     folder, model = checkpoint
     code = """
@@ -266,6 +267,7 @@ def test_the_card_of_a_push(hub, checkpoint):
         assert hub.files("alice/net")["README.md"] == theirs
 
 
+@pytest.mark.slow
 def test_the_card_of_a_network_without_thresholds_runs_too(hub, checkpoint):
     folder, _ = checkpoint
     hub.run(

@@ -540,5 +540,5 @@ def test_weights_without_a_checkpoint():
     assert loaded.fingerprint() == model.fingerprint()
     assert loaded.exit_config == policy
     heads = {name: value for name, value in model.state_dict().items() if name.startswith("exit_heads.")}
-    with pytest.raises(ValueError, match="The weights of the state dict lack"):
+    with pytest.raises(ValueError, match="The weights of `state_dict` lack"):
         ScanForImageClassification.from_pretrained(None, config=model.config, state_dict=heads)
