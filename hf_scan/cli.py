@@ -206,11 +206,11 @@ def _predict(arguments: list[str]) -> Any:
     parser.add_argument("--max-exit", type=int, help="deepest exit that may answer (default: any)")
     given = parser.parse_args(arguments)
     model, processor = _load(given.model), _processor(given.model)
-    open_image, eight_bits = import_module("PIL.Image").open, import_module("hf_scan.data.transforms").eight_bits
+    read_image = import_module("hf_scan.model.image_files").read_image
     adaptive = model.exit_config.thresholds is not None
     answers = []
     for path in given.images:
-        pixel_values = processor([eight_bits(open_image(path))], return_tensors="pt")["pixel_values"]
+        pixel_values = processor([read_image(path)], return_tensors="pt")["pixel_values"]
         rule = {} if adaptive else {"thresholds": [None] * (model.num_exits - 1), "fallback": "deepest"}
         answer = model.predict_adaptive(pixel_values, max_exit=given.max_exit, **rule)
         label = model.config.id2label[int(answer.logits[0].argmax())]

@@ -3,10 +3,13 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import ImageClassificationPipeline
 from transformers.utils import ModelOutput
 
 from .model.exit_config import ExitConfig
+from .model.image_files import eight_bits, read_image
 
 
 class ScanImageClassificationPipeline(ImageClassificationPipeline):
@@ -29,7 +32,9 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
 
     Raises:
         `ValueError`: if `adaptive`, `exit_config` or `return_exit` is given for a model without early exits or
-            thresholds, or `exit_config` together with `adaptive=False`.
+            thresholds, or `exit_config` together with `adaptive=False`; if an image holds values whose range cannot be
+            known ([`~hf_scan.model.image_files.eight_bits`]).
+        `OSError`: if an image cannot be read. It is named.
 
     Example:
 
@@ -67,6 +72,14 @@ class ScanImageClassificationPipeline(ImageClassificationPipeline):
         if return_exit is not None:
             postprocess["return_exit"] = return_exit
         return preprocess, forward, postprocess
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        if hasattr(self.model, "predict_adaptive"):
+            if isinstance(image, (np.ndarray, torch.Tensor)):
+                image = eight_bits(image, getattr(self.image_processor, "do_rescale", True))
+            else:
+                image = read_image(image, timeout)
+        return super().preprocess(image, timeout)
 
     def _forward(self, model_inputs: Any, adaptive: bool | None = None, exit_config: ExitConfig | None = None) -> Any:
         has_exits = hasattr(self.model, "predict_adaptive")  # in PyTorch or exported

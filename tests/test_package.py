@@ -14,11 +14,11 @@ import hf_scan
 PACKAGE = Path(hf_scan.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a checkpoint with code may rely on.
-BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors", "PIL", "httpx"}
 # What the modules of each folder may import of the package, besides one another. CONTRIBUTING.md has the same table.
 ROOMS = {
     "model": set(),
-    "data": set(),
+    "data": {"model"},
     "costs": {"model"},
     "runtime": {"model", "data", "costs"},
     "calibration": {"model", "data", "costs", "runtime"},

@@ -151,6 +151,33 @@ def test_other_models_are_left_alone(folder, pictures):
         classify(pictures[0], exit_config=ExitConfig(thresholds=[0.9]), adaptive=False)
 
 
+@pytest.mark.parametrize("given", ["picture", "path", "array", "tensor"])
+def test_images_of_16_bits_are_answered_as_those_of_8(folder, tmp_path, given):
+    """PIL would make them white."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32), dtype=np.uint8)
+    answers = []
+    for name, values in (("deep", pixels.astype(np.uint16) * 257), ("plain", pixels)):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+        images = {
+            "picture": Image.fromarray(values),
+            "path": str(tmp_path / f"{name}.png"),
+            "array": values[None],
+            "tensor": torch.from_numpy(values[None]),
+        }
+        answers.append(pipeline("image-classification", model=str(folder))(images[given], return_exit=True))
+    assert answers[0] == answers[1]
+    wrong = Image.fromarray(pixels.astype(np.int32) * 300)
+    with pytest.raises(ValueError, match="an image of PIL cannot be used: An image of mode 'I' holds values"):
+        pipeline("image-classification", model=str(folder))(wrong)
+
+
+def test_a_damaged_image_is_named(folder, pictures, tmp_path):
+    pictures[0].save(tmp_path / "cat.png")
+    (tmp_path / "cat.png").write_bytes((tmp_path / "cat.png").read_bytes()[:-1000])
+    with pytest.raises(OSError, match=r"cat\.png cannot be read as an image .*Repair or replace it"):
+        pipeline("image-classification", model=str(folder))([pictures[1], str(tmp_path / "cat.png")])
+
+
 class Accuracy(evaluate.Metric):
     """As `evaluate.load("accuracy")`, which the Hub would be asked for."""
 

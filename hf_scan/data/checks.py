@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
-from .transforms import eight_bits
+from ..model.image_files import eight_bits
 
 
 FOUND = Features({"row": Value("int64"), "path": Value("string"), "error": Value("string")})

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .transforms import _erase, _further, _random_crop, _resize, _size, eight_bits
+from ..model.image_files import eight_bits
+from .transforms import _erase, _further, _random_crop, _resize, _size
 
 
 class ImagesInMemory(TorchDataset):

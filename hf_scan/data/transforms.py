@@ -4,12 +4,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_processing_utils import BaseImageProcessor
+
+from ..model.image_files import eight_bits
 
 
 def train_transform(
@@ -53,32 +53,6 @@ def train_transform(
         return {"pixel_values": [augment(image) for image in batch["image"]], "labels": batch["labels"]}
 
     return transform
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """
-    Scale an image of 16 bits a pixel to 8, which everything after it takes; PIL would clip it to white.
-
-    Args:
-        image (`PIL.Image.Image`): Of any mode. All but those of 16 bits are returned as they are.
-
-    Raises:
-        `ValueError`: if the image is of 32 bits a pixel (mode `"I"` or `"F"`) with values outside [0, 255], whose
-            range cannot be known.
-    """
-    mode = getattr(image, "mode", "")
-    if mode.startswith("I;16"):
-        pixels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(pixels.astype(np.uint8))
-    if mode in ("I", "F"):
-        pixels = np.asarray(image)
-        if not (pixels.min() >= 0 and pixels.max() <= 255):
-            raise ValueError(
-                f"An image of mode {mode!r} holds values from {pixels.min():g} to {pixels.max():g}; expected values "
-                "from 0 to 255, or 16 bits a pixel. Scale it, and save it with 8 or 16 bits."
-            )
-        return Image.fromarray(pixels.round().astype(np.uint8))
-    return image
 
 
 def _random_crop(images: torch.Tensor, padding: int) -> torch.Tensor:
@@ -138,4 +112,4 @@ def eval_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list[An
     return transform
 
 
-__all__ = ["eight_bits", "eval_transform", "train_transform"]
+__all__ = ["eval_transform", "train_transform"]

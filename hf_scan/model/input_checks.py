@@ -103,7 +103,8 @@ class InputChecksMixin(PreTrainedModel):
 
     def warn_of_raw_pixels(self, mean: float) -> None:
         """
-        Warn once if pixels cannot have come from the image processor, as those from 0 to 255.
+        Warn once if pixels cannot have come from the image processor, as those from 0 to 255, or if they are all
+        white, as of images of 16 bits that a stock image processor has clipped.
 
         Args:
             mean (`float`): Of all pixels of a batch.
@@ -115,6 +116,13 @@ class InputChecksMixin(PreTrainedModel):
             logger.warning_once(
                 f"The pixels of a batch are brighter on average than {brightest:.2f}, the most that the model's image "
                 "processor makes. Prepare images with it; pixels from 0 to 255 are not scaled by the network."
+            )
+        white = sum((1 - offset) / scale for offset, scale in zip(settings["mean"], settings["std"]))
+        if abs(mean - white / len(settings["mean"])) < 1e-3:
+            logger.warning_once(
+                "The images of a batch are plain white. PIL and the image processors of Transformers clip images of "
+                "more than 8 bits to white; `pipeline`, and `hf_scan.model.image_files.eight_bits` before the image "
+                "processor, scale them."
             )
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers.utils import logging
 
 from hf_scan import ScanConfig, ScanForImageClassification
 
@@ -72,3 +73,16 @@ def test_a_vit_names_the_size_of_image_that_it_takes(kwargs, size, expected):
     for call in (model, model.extract_features, lambda given: model.predict_adaptive(given, thresholds=[0.5])):
         with pytest.raises(ValueError, match=rf"height and width of .*; expected {expected}"):
             call(images)
+
+
+def test_white_images_are_warned_of(model, caplog):
+    """As a stock image processor makes them of 16 bits."""
+    mean, std = (torch.tensor(model.config.preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    logging.enable_propagation()
+    try:
+        model.check_pixel_values(((0.98 - mean) / std).expand(2, 3, 16, 16), values=True)
+        assert "plain white" not in caplog.text
+        model.check_pixel_values(((1 - mean) / std).expand(2, 3, 16, 16), values=True)
+        assert "The images of a batch are plain white" in caplog.text
+    finally:
+        logging.disable_propagation()
