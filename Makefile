@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-transformers test-lower lint style clean
+.PHONY: help quickstart test test-transformers test-lower lint style docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -47,5 +47,9 @@ style: $(STAMP)  ## Apply the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(STAMP)   ## Build the documentation into build/site, strictly and without a network
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/bin/zensical build --clean --strict
+
 clean:           ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-lower .transformers-tests runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lower .transformers-tests build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
-"""What the README says of the Hub, run against one."""
+"""What the documentation says of the Hub, run against one."""
 
 import re
 from pathlib import Path
 
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "how-to" / "hub.md"
 
 BEFORE = """
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
@@ -18,9 +18,8 @@ print(answer.exit_index.tolist(), classify(Image.new("RGB", (32, 32)), return_ex
 """
 
 
-def test_the_section_on_the_hub(hub):
-    section = README.read_text(encoding="utf-8").split("## On the Hub")[1].split("\n## ")[0]
-    [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def test_the_page_on_the_hub(hub):
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert re.fullmatch(r"\[\d\] \d", hub.run(BEFORE + code + AFTER).stdout.strip())
     assert set(hub.files("alice/scan-resnet")) >= {"exit_config.json", "exit_config_fast.json", "model.safetensors"}
     assert "modeling_scan.py" in hub.files("alice/scan-resnet-code")
