@@ -21,6 +21,7 @@ ROOMS = {
     "data": {"model"},
     "costs": {"model"},
     "runtime": {"model", "data", "costs"},
+    "serving": {"model", "data", "runtime"},
     "calibration": {"model", "data", "costs", "runtime"},
     "metrics": {"model"},
     "reporting": {"model", "data", "costs", "runtime", "calibration"},

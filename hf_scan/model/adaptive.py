@@ -220,7 +220,12 @@ class Group:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, rows: torch.Tensor | slice) -> "Group":
+    def numbers(self) -> list[int]:
+        """Return the ids on the host."""
+        numbers: list[int] = self.ids.tolist()
+        return numbers
+
+    def select(self, rows: torch.Tensor | list[int] | slice) -> "Group":
         """Return some of the samples."""
         return Group(self.ids[rows], self.state.select(rows), [logits[rows] for logits in self.seen], self.exits)
 

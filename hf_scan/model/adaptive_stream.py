@@ -28,6 +28,7 @@ from .exit_config import ExitConfig
 from .exit_rule import AdaptiveOutput, plan_exits
 from .memory import within_memory
 from .problem_type import for_problem
+from .stage_scheduler import StageScheduler
 from .stages import StageState
 
 
@@ -118,7 +119,7 @@ class AdaptiveStreamMixin(AdaptiveInferenceMixin):
 
 class _Stream:
     """
-    The queues in front of the stages, and the loop that runs a stage whenever its queue is full.
+    Feeds a stream to a [`StageScheduler`]. What cannot be answered is skipped or raised when the rest is answered.
 
     Args:
         network ([`EarlyExitNetwork`]): The network.
@@ -140,9 +141,9 @@ class _Stream:
         skip: bool,
         note: Callable[[list[int]], None] | None,
     ) -> None:
-        self.network, self.batch_size, self.run = network, batch_size, run
+        self.network, self.run = network, run
         self.failed, self.skip, self.note = failed, skip, note
-        self.queues = [_Queue(batch_size) for _ in range(num_stages)]
+        self.scheduler: StageScheduler[Group, AdaptiveOutput] = StageScheduler(num_stages, batch_size, self._advance)
         self.error: Exception | None = None  # is raised when all that was read before it is answered
 
     def answers(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[AdaptiveOutput]:
@@ -160,11 +161,8 @@ class _Stream:
                 self.error = error
                 break
             yield from self._put(ids, images)
-            yield from self._run_full_queues()
-        for index, queue in enumerate(self.queues):
-            while len(queue):
-                yield from self._run_stage(index)
-                yield from self._run_full_queues()
+            yield from self.scheduler.run()
+        yield from self.scheduler.run(all_that_wait=True)
         if self.error is not None:
             raise self.error
 
@@ -192,7 +190,7 @@ class _Stream:
         else:
             self._note(ids)
         if len(images):
-            self.queues[0].put(Group(ids.to(images.device), StageState.from_images(images)))
+            self.scheduler.put(Group(ids.to(images.device), StageState.from_images(images)))
 
     def _note(self, ids: torch.Tensor) -> None:
         if self.note is not None:
@@ -203,10 +201,8 @@ class _Stream:
         answer.ids = ids.to(answer.logits.device)
         return answer
 
-    def _run_stage(self, index: int) -> Iterator[AdaptiveOutput]:
-        answers, group = self.run(index, self.queues[index].take())
-        if group is not None:
-            self.queues[index + 1].put(group)
+    def _advance(self, index: int, group: Group) -> tuple[list[AdaptiveOutput], Group | None]:
+        answers, stay = self.run(index, group)
         if self.failed:
             text = logits_not_finite(self.failed, "stream")
             if self.skip:
@@ -214,38 +210,7 @@ class _Stream:
             else:
                 self.error = self.error or ValueError(text)
             self.failed.clear()
-        yield from answers
-
-    def _run_full_queues(self) -> Iterator[AdaptiveOutput]:
-        # From the deepest on, so that room is made before anything is put there.
-        while full := [index for index, queue in enumerate(self.queues) if len(queue) >= self.batch_size]:
-            yield from self._run_stage(full[-1])
-
-
-class _Queue:
-    """Groups that wait in front of a stage, and come out as one of at most a batch's size."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.groups: deque[Group] = deque()
-
-    def __len__(self) -> int:
-        return sum(len(group) for group in self.groups)
-
-    def put(self, group: Group) -> None:
-        self.groups.append(group)
-
-    def take(self) -> Group:
-        taken: list[Group] = []
-        room = self.batch_size
-        while self.groups and room:
-            group = self.groups.popleft()
-            if len(group) > room:
-                self.groups.appendleft(group.select(slice(room, None)))
-                group = group.select(slice(room))
-            taken.append(group)
-            room -= len(group)
-        return taken[0] if len(taken) == 1 else Group.join(taken)
+        return answers, stay
 
 
 def numbered_batches(batches: Any, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

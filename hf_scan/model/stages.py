@@ -49,12 +49,12 @@ class StageState:
         """Return the state behind a stage that returned `values` for these images."""
         return StageState(values, batched, self.batch_size, self.image_size)
 
-    def select(self, rows: torch.Tensor | slice) -> "StageState":
+    def select(self, rows: torch.Tensor | list[int] | slice) -> "StageState":
         """
         Return the state of some images only.
 
         Args:
-            rows (`torch.LongTensor` of shape `(n,)`, or `slice`): Which images of the batch.
+            rows (`torch.LongTensor` of shape `(n,)`, `list[int]` or `slice`): Which images of the batch.
         """
         count = len(range(self.batch_size)[rows]) if isinstance(rows, slice) else len(rows)
         pairs = zip(self.values, self.batched)
@@ -441,7 +441,7 @@ def _cat(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else values[0]
 
 
-def _rows(value: Any, rows: torch.Tensor | slice, batch_size: int) -> Any:
+def _rows(value: Any, rows: torch.Tensor | list[int] | slice, batch_size: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(item, rows, batch_size) for item in value)
     if not isinstance(value, torch.Tensor):

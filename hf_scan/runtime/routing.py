@@ -2,6 +2,7 @@
 """Run a batch through exported stages, and route its samples at each exit."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,30 @@ class Group:
     state: list[Any]
     seen: list[np.ndarray] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def numbers(self) -> list[int]:
+        """Return the positions as whole numbers."""
+        numbers: list[int] = self.rows.tolist()
+        return numbers
+
+    def select(self, rows: Any) -> "Group":
+        """Return a group of some samples, by their positions in this one."""
+        count = len(self.rows)
+        state = [value[rows] if len(value) == count else _windows(value, rows, count) for value in self.state]
+        return Group(self.rows[rows], state, [logits[rows] for logits in self.seen], self.exits)
+
+    @staticmethod
+    def join(groups: Sequence["Group"]) -> "Group":
+        """Return one group of the samples of several that are equally far."""
+        return Group(
+            np.concatenate([group.rows for group in groups]),
+            [np.concatenate(values) for values in zip(*(group.state for group in groups))],
+            [np.concatenate(logits) for logits in zip(*(group.seen for group in groups))],
+            groups[0].exits,
+        )
 
 
 def run_batch(
@@ -87,7 +112,7 @@ def advance(
             on = (~leaves).nonzero()[0]
             if len(on) == 0:
                 return gone, None
-            stay = select(stay, on)
+            stay = stay.select(on)
     if index < len(plan) - 1:
         return gone, stay
     return [*gone, answer_with_fallback(settings, stay, engine.num_exits)], None
@@ -98,13 +123,6 @@ def answer_with_fallback(settings: ExitSettings, group: Group, num_exits: int) -
     logits, exit_index, confidence = fall_back(settings, group.seen, group.exits, num_exits)
     check_finite(confidence)
     return AdaptiveAnswer(logits, exit_index, confidence, group.rows)
-
-
-def select(group: Group, rows: Any) -> Group:
-    """Return a group of some samples, by their positions in this one."""
-    count = len(group.rows)
-    state = [value[rows] if len(value) == count else _windows(value, rows, count) for value in group.state]
-    return Group(group.rows[rows], state, [logits[rows] for logits in group.seen], group.exits)
 
 
 def _windows(value: np.ndarray, rows: Any, count: int) -> np.ndarray:
@@ -119,4 +137,4 @@ def check_finite(confidence: np.ndarray) -> None:
         raise ValueError("The network gives logits that are not finite, though the images are. Check its weights.")
 
 
-__all__ = ["Group", "advance", "answer_with_fallback", "check_finite", "run_batch", "select"]
+__all__ = ["Group", "advance", "answer_with_fallback", "check_finite", "run_batch"]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..model.stage_scheduler import StageScheduler
 from .numpy_rule import AdaptiveAnswer, ExitSettings, Step
-from .routing import Group, advance, select
+from .routing import Group, advance
 
 
 def run_stream(
@@ -28,22 +29,9 @@ def run_stream(
         batch_size (`int`): Samples at a time.
         arrived (`list[int]`, *optional*): The positions are appended to it in order of arrival.
     """
-    queues: list[list[Group]] = [[] for _ in plan]
-
-    def waiting(index: int) -> int:
-        return sum(len(group.rows) for group in queues[index])
-
-    def run_one(index: int) -> Iterator[AdaptiveAnswer]:
-        gone, stay = advance(engine, settings, plan, index, _taken(queues[index], batch_size))
-        if stay is not None:
-            queues[index + 1].append(stay)
-        yield from gone
-
-    def run_full() -> Iterator[AdaptiveAnswer]:
-        # The deepest first, so that queues stay short.
-        while full := [index for index in range(len(plan)) if waiting(index) >= batch_size]:
-            yield from run_one(full[-1])
-
+    scheduler: StageScheduler[Group, AdaptiveAnswer] = StageScheduler(
+        len(plan), batch_size, lambda index, group: advance(engine, settings, plan, index, group)
+    )
     error: Exception | None = None
     batches = iter(source)
     while True:
@@ -56,35 +44,11 @@ def run_stream(
             break
         if arrived is not None:
             arrived.extend(rows.tolist())
-        queues[0].append(Group(rows, [images]))
-        yield from run_full()
-    for index in range(len(plan)):
-        while waiting(index):
-            yield from run_one(index)
-            yield from run_full()
+        scheduler.put(Group(rows, [images]))
+        yield from scheduler.run()
+    yield from scheduler.run(all_that_wait=True)
     if error is not None:
         raise error
-
-
-def _taken(queue: list[Group], batch_size: int) -> Group:
-    """Take at most a batch from a queue, as one group."""
-    taken, count = [], 0
-    while queue and count < batch_size:
-        group = queue.pop(0)
-        room = batch_size - count
-        if len(group.rows) > room:
-            queue.insert(0, select(group, slice(room, None)))
-            group = select(group, slice(room))
-        taken.append(group)
-        count += len(group.rows)
-    if len(taken) == 1:
-        return taken[0]
-    return Group(
-        np.concatenate([group.rows for group in taken]),
-        [np.concatenate(values) for values in zip(*(group.state for group in taken))],
-        [np.concatenate(logits) for logits in zip(*(group.seen for group in taken))],
-        taken[0].exits,
-    )
 
 
 def numbered(
