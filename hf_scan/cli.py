@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,39 @@ def _predict(arguments: list[str]) -> Any:
     return answers
 
 
+def _serve(arguments: list[str]) -> Any:
+    parser = _parser("serve", "--model runs/photos --port 8000")
+    parser.add_argument(
+        "--model", required=True, help="a trained network or an export to ONNX: a folder, or the Hub's"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, loopback)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: the runtime's)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images with which a stage runs (default: 16)")
+    parser.add_argument(
+        "--max-wait-ms", type=float, default=2.0, help="how long an image waits for others (default: 2)"
+    )
+    parser.add_argument("--max-queue", type=int, default=256, help="images in work; more get 503 (default: 256)")
+    parser.add_argument("--max-images", type=int, default=64, help="images of a request (default: 64)")
+    parser.add_argument("--max-megabytes", type=float, default=32, help="size of a request (default: 32)")
+    parser.add_argument("--max-megapixels", type=float, default=50, help="size of an image (default: 50)")
+    parser.add_argument("--timeout-ms", type=float, default=30_000, help="time for an answer (default: 30000)")
+    given = parser.parse_args(arguments)
+    if missing := [name for name in ("fastapi", "prometheus_client", "uvicorn") if not find_spec(name)]:
+        raise ImportError(f"A server needs {', '.join(missing)}. Install them: pip install 'hf_scan[serve]'.")
+    server = import_module("hf_scan.serving.server")
+    names = ("batch_size", "max_wait_ms", "max_queue", "max_images", "timeout_ms")
+    settings = server.ServerSettings(
+        **{name: getattr(given, name) for name in names},
+        max_bytes=round(given.max_megabytes * 2**20),
+        max_pixels=round(given.max_megapixels * 1e6),
+    )
+    loaded = import_module("hf_scan.serving.loading").load_model(given.model, given.threads)
+    print(f"Serving {given.model} at http://{given.host}:{given.port}, explained at /docs", flush=True)
+    server.serve(loaded, given.host, given.port, settings)
+    return {"model": given.model}
+
+
 def _load(name: str) -> Any:
     """Return a network, or the engine of one that was exported."""
     if Path(name, "onnx").is_dir():
@@ -239,6 +273,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     "measure": ("Measure what each stage and each exit costs on this machine.", _measure),
     "export": ("Export a network to ONNX, for runtimes without PyTorch.", _export),
     "predict": ("Classify images, each by the first exit that is confident enough.", _predict),
+    "serve": ("Classify images over HTTP, each caller answered as soon as the image exits.", _serve),
 }
 
 

@@ -47,8 +47,9 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """How many requests are worked on or wait for it."""
-        return len(self._admitted) + len(self._overflow)
+        """How many requests are worked on or wait for it, and have not been abandoned."""
+        with self._condition:
+            return len(self._admitted.keys() - self._abandoned) + len(self._overflow)
 
     @property
     def is_open(self) -> bool:
@@ -95,6 +96,7 @@ class Worker:
         with self._condition:
             if request.number in self._admitted:
                 self._abandoned.add(request.number)
+                self._condition.notify()  # there may be room for others now
             elif request in self._overflow:
                 self._overflow.remove(request)
 

@@ -1,10 +1,15 @@
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hf_scan import ExitConfig
+from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ExitSettings
+
+from ..conftest import random_scan_model
 
 
 NUM_LABELS = 10
@@ -50,3 +55,25 @@ def image(depth: float, label: int = 0) -> np.ndarray:
 @pytest.fixture
 def fake() -> FakeExport:
     return FakeExport()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A network with thresholds and its image processor. Tests only read it."""
+    folder = tmp_path_factory.mktemp("serving") / "model"
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.6, 0.6])
+    model.save_pretrained(folder)
+    create_image_processor(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """The same, exported."""
+    folder = tmp_path_factory.mktemp("serving") / "exported"
+    model = random_scan_model()
+    model.exit_config = ExitConfig(thresholds=[0.6, 0.6])
+    model.export_onnx(folder)
+    create_image_processor(model).save_pretrained(folder)
+    return folder

@@ -25,13 +25,6 @@ async def ask_all(engine, images, **kwargs):
     return await asyncio.gather(*(engine(one, **kwargs) for one in images), return_exceptions=True)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, model):
-    folder = tmp_path_factory.mktemp("serving") / "exported"
-    model.export_onnx(folder)
-    return folder
-
-
 @pytest.mark.parametrize("rule", [{}, {"criterion": "patience", "fallback": "most_confident"}, {"max_exit": 1}])
 @pytest.mark.parametrize("kind", ["pytorch", "onnx"])
 def test_answers_are_those_that_images_get_alone(kind, rule, request, images):
