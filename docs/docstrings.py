@@ -10,8 +10,23 @@ import griffe
 
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
+# `name (`type`, *optional*):` of an argument, and `type`: of a result or an error, which are shown as code anyway.
+ARGUMENT = re.compile(r"^( +[\w, ]+ )\((.*)\)(:.*)?$", re.MULTILINE)
+RESULT = re.compile(r"^( {4,})((?:\[?`[^`]+`\]?(?:, \*optional\*)?(?: or )?)+)(:.*)?$", re.MULTILINE)
 # Where a name is documented: those of the reference pages.
 PUBLIC = ("hf_scan", "hf_scan.calibration", "hf_scan.costs", "hf_scan.runtime", "hf_scan.data")
+
+
+def _identifier(module: griffe.Module, name: str) -> str:
+    """The path of a public name; a function in a module of its own name is hidden by it, and lies one deeper."""
+    member = module.members[name]
+    target = member.final_target if member.is_alias else member
+    return f"{target.path}.{name}" if target.is_module else f"{module.path}.{name}"
+
+
+def _plain(types: str) -> str:
+    """Types without marks, which code would show."""
+    return re.sub(r"\[?`~?([^`]*)`\]?", r"\1", types).replace("*optional*", "optional")
 
 
 class TransformersReferences(griffe.Extension):
@@ -26,8 +41,8 @@ class TransformersReferences(griffe.Extension):
         names: dict[str, str] = {}
         for path in PUBLIC:
             module = pkg if path == "hf_scan" else pkg[path.removeprefix("hf_scan.")]
-            for name in module.exports or []:
-                names.setdefault(str(name), f"{path}.{name}")
+            for name in map(str, module.exports or []):
+                names.setdefault(name, _identifier(module, name))
         return names
 
     def _visit(self, node: griffe.Object | griffe.Alias, seen: set[str]) -> None:
@@ -35,7 +50,9 @@ class TransformersReferences(griffe.Extension):
             return
         seen.add(node.path)
         if node.docstring:
-            node.docstring.value = REFERENCE.sub(self._link, node.docstring.value)
+            text = ARGUMENT.sub(lambda m: f"{m[1]}({_plain(m[2])}){m[3] or ''}", node.docstring.value)
+            text = RESULT.sub(lambda m: f"{m[1]}{_plain(m[2])}{m[3] or ': '}", text)
+            node.docstring.value = REFERENCE.sub(self._link, text)
         for member in node.members.values():
             self._visit(member, seen)
 

@@ -1,6 +1,7 @@
 """README and documentation: snippets run, commands parse, links lead somewhere, figures are those of the files."""
 
 import argparse
+import importlib
 import importlib.util
 import re
 import shlex
@@ -167,6 +168,19 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     listed = re.findall(r"([\w/-]+\.md)$", navigation, re.MULTILINE)
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:])
+
+
+@pytest.mark.parametrize("module", ["hf_scan", *(f"hf_scan.{n}" for n in ("calibration", "costs", "data", "runtime"))])
+def test_every_public_name_is_in_the_reference(module):
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = {path.rsplit(".", 1)[-1] for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
+    assert set(importlib.import_module(module).__all__) <= listed
+
+
+def test_every_page_is_in_the_list_for_language_models():
+    text = (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8")
+    listed = re.findall(r"\]\(([\w/-]+\.html)\)", text)
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs").with_suffix(".html")) for path in PAGES[1:])
 
 
 def readme_results() -> ModuleType:
