@@ -1,6 +1,10 @@
+import contextlib
 import os
+import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -39,6 +43,19 @@ def random_scan_model(seed: int = 0, **config) -> ScanForImageClassification:
             classifier.weight.mul_(scale[:, None])
             classifier.bias.copy_((classifier.bias - logits.mean(dim=0)) * scale)
     return model
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a number of bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def torchrun(module: str, *arguments: object, processes: int = 2) -> str:

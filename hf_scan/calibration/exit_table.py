@@ -22,6 +22,7 @@ from ..data.digests import sample_digests, tensor_digests
 from ..model.evaluation_mode import evaluating
 from ..model.exit_config import ExitConfig
 from ..model.exit_rule import AdaptiveOutput, answers_of, apply_exit_rule, exit_columns, label_set_ids
+from ..model.named_errors import named_full_disk
 from ..model.problem_type import MULTI_LABEL
 
 
@@ -131,11 +132,19 @@ class ExitTable:
         return self.select(first[which], names[0]), self.select(~first[which], names[1])
 
     def save(self, path: str | Path) -> None:
-        """Write the table as one safetensors file, whose folder is created if it is missing."""
+        """
+        Write the table as one safetensors file, whose folder is created if it is missing.
+
+        Raises:
+            `OSError`: if it cannot be written, as when the disk is full.
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         arrays = {"logits": self.logits, "labels": self.labels, "samples": self.samples}
         facts = json.dumps({"split": self.split, "model": self.model, "multi_label": self.multi_label})
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"exit_table": facts})
+        with named_full_disk(path, "what it holds is incomplete"):
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"exit_table": facts}
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitTable":

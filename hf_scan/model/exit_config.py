@@ -16,7 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .exit_criteria import EXIT_CRITERIA, MEMORYLESS, confidence_of, label_confidence_of
-from .hub_files import check_file_name, find_file, named_push_errors
+from .hub_files import check_file_name, find_file
+from .named_errors import named_push_errors, write_whole
 from .problem_type import LABEL_CONFIDENCE
 
 
@@ -386,12 +387,13 @@ class ExitConfig:
 
         Raises:
             `ValueError`: if the criterion is a function, which no file holds.
+            `OSError`: if the file cannot be written. The old one has not changed then.
         """
         self.check_savable()
         check_file_name(filename)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / filename).write_text(self.to_json(), encoding="utf-8")
+        write_whole(folder / filename, self.to_json())
 
     def to_json(self) -> str:
         """Return the text that [`~ExitConfig.save_pretrained`] writes."""

@@ -116,25 +116,6 @@ def find_file(
 
 
 @contextmanager
-def named_push_errors(repo_id: str) -> Iterator[None]:
-    """
-    Translate errors of the Hub's client into a sentence, while something is pushed.
-
-    Raises:
-        `OSError`: if the Hub cannot be reached or refuses the push.
-    """
-    try:
-        yield
-    except (ValueError, TypeError):  # these name the argument
-        raise
-    except Exception as error:  # of the client, whose kinds differ between its versions
-        raise OSError(
-            f"{repo_id} could not be pushed to ({type(error).__name__}: {error}). Check the name, a token that may "
-            "write there (`hf auth login`) and the connection, and push again."
-        ) from error
-
-
-@contextmanager
 def checked_downloads(name: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     """
     Verify the checksums of the files that are downloaded meanwhile, which the client does not, and remove damaged ones

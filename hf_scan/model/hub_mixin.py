@@ -17,9 +17,10 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, is_peft_available, logging
 
 from .backbone import create_backbone
 from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
-from .hub_files import check_regular_files, checked_downloads, find_file, named_push_errors, resolve_revision
+from .hub_files import check_regular_files, checked_downloads, find_file, resolve_revision
 from .image_processing_scan import create_image_processor
 from .minimal_card import minimal_card
+from .named_errors import named_push_errors
 from .problem_type import for_problem
 from .provenance import join_trained_on, unknown_images
 from .staged_folder import settled_state, staged

@@ -127,7 +127,7 @@ def find_weight_files(find: Callable[[str], Path | None], variant: str | None = 
         return [file]
     if (file := find(index)) is None:
         return []
-    shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(_shards_of(file))
     return [path for shard in shards if (path := find(shard)) is not None]
 
 
@@ -143,16 +143,21 @@ def check_shards(path: str | os.PathLike[str], subfolder: str) -> None:
         `ValueError`: if an index cannot be read, or names a file elsewhere.
     """
     for index in Path(path, subfolder).glob("*.index*.json"):  # of any variant
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
+        names = _shards_of(index)
         elsewhere = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
         if elsewhere:
             raise ValueError(
                 f"{index} names {elsewhere[0]!r}, which is not a file beside it; shards must be in the same folder as "
                 "the index. Correct it, or save the model again."
             )
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the files that an index of weights names."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error}). Save or download it again.") from error
 
 
 def _with_variant(name: str, variant: str | None) -> str:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..costs.measure import count_macs, count_parameters
 from ..model.evaluation_mode import evaluating
+from ..model.named_errors import named_full_disk
 from ..model.stages import StageState
 from .compare import BATCH_SIZES, compare_with_itself, compare_with_pytorch
 from .manifest import ONNX_FOLDER, Manifest
@@ -87,6 +88,7 @@ def export_onnx(
         `ImportError`: if the packages of the extra `hf_scan[onnx]` are not installed.
         `ValueError`: if the network cannot be exported, or what was exported differs from PyTorch; if the folder holds
             something else.
+        `OSError`: if the folder cannot be written, as when the disk is full. What was there has not changed then.
 
     Example:
 
@@ -114,7 +116,7 @@ def export_onnx(
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     compiled, model.compiled = model.compiled, None
     try:
-        with evaluating(model):
+        with evaluating(model), named_full_disk(target, "what was there has not changed"):
             _write(model, scratch / "new", calibration_dataset, include_preprocessing, opset)
         _put_in_place(scratch, target)
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..model.named_errors import named_download_errors
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import ExitSettings
 
@@ -68,7 +69,8 @@ def download(model_id: Any, subfolder: str, **kwargs: Any) -> Path:
 
     prefix = f"{subfolder}/" if subfolder else ""
     names = [CONFIG_NAME, EXIT_CONFIG_NAME, "preprocessor_config.json", f"{ONNX_FOLDER}/*"]
-    folder = snapshot_download(str(model_id), allow_patterns=[prefix + name for name in names], **kwargs)
+    with named_download_errors(str(model_id)):
+        folder = snapshot_download(str(model_id), allow_patterns=[prefix + name for name in names], **kwargs)
     return Path(folder, subfolder)
 
 

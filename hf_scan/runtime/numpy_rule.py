@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..model.named_errors import write_whole
 from ..model.problem_type import LABEL_CONFIDENCE
 
 
@@ -224,8 +225,7 @@ class ExitSettings:
 
     def save_pretrained(self, save_directory: Any, filename: str = "exit_config.json") -> None:
         """Write the settings into a folder."""
-        text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-        Path(save_directory, filename).write_text(text, encoding="utf-8")
+        write_whole(Path(save_directory, filename), json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
 
 RULE = ("thresholds", "criterion", "temperatures", "fallback")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..model.named_errors import named_full_disk, named_push_errors
 from .loading import EXIT_CONFIG_NAME
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import RULE, ExitSettings, plan_steps
@@ -26,11 +27,15 @@ def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path
 
     Raises:
         `ValueError`: if `target` is a file.
+        `OSError`: if the folder cannot be written, as when the disk is full.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder to save to. Name another one.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    with (
+        named_full_disk(target, "what was there has not changed"),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch,
+    ):
         new, old = Path(scratch, "new"), Path(scratch, "old")
         shutil.copytree(folder, new)
         (new / EXIT_CONFIG_NAME).unlink(missing_ok=True)
@@ -76,21 +81,25 @@ def upload_export(folder: Path, repo_id: str, **kwargs: Any) -> Any:
         repo_id (`str`): The repository. It is created when there is none.
         kwargs: `private`, `token`, `revision` (a branch, created when there is none), `subfolder`, and what
             [`~huggingface_hub.HfApi.upload_folder`] takes, such as `commit_message` or `create_pr`.
+
+    Raises:
+        `OSError`: if the Hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
 
     api, private = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    branch = kwargs.get("revision")
-    if branch is not None and not branch.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=kwargs.pop("subfolder", None),
-        delete_patterns=f"{ONNX_FOLDER}/*",
-        **{"commit_message": "Upload ONNX model", **kwargs},
-    )
+    with named_push_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        branch = kwargs.get("revision")
+        if branch is not None and not branch.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=kwargs.pop("subfolder", None),
+            delete_patterns=f"{ONNX_FOLDER}/*",
+            **{"commit_message": "Upload ONNX model", **kwargs},
+        )
 
 
 __all__ = ["save_export", "upload_export"]

@@ -5,18 +5,21 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..data.digests import some_digests
 from ..model.exit_config import ExitConfig
+from ..model.named_errors import named_push_errors, reason_of
 from ..model.provenance import join_trained_on, unknown_images
 from .ema import TRAINED_WEIGHTS_NAME, EmaCallback
 from .output_dirs import check_space, last_whole_checkpoint
@@ -72,12 +75,45 @@ class CheckedTrainer(Trainer):
             if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 _check_parts(folder)
             _check_record(folder, self._record_of_run(split))
+            _check_state(folder)
             self._check_averages(folder)
             self.trained_on = read_trained_on(folder)
         if self.args.should_save and self.model is not None:  # a search makes each trial's model later
             self._check_space()
         self.trained_on = join_trained_on(self.trained_on, split)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository that is pushed to, before training."""
+        with named_push_errors(self._name_on_the_hub()):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Push the output folder, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            `OSError`: if the Hub cannot be reached, or refuses. The output folder is as it was.
+        """
+        with named_push_errors(self._name_on_the_hub()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _name_on_the_hub(self) -> str:
+        return str(
+            getattr(self, "hub_model_id", None) or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _named_part(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _named_part(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _named_part(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _averages(self) -> list[EmaCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EmaCallback)]
@@ -192,6 +228,30 @@ def _check_parts(folder: Path) -> None:
             "Resume from another checkpoint, or load its weights with `from_pretrained` and start a new run. (With "
             "`save_only_model`, checkpoints are not for resuming.)"
         )
+
+
+def _check_state(folder: Path) -> None:
+    try:
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError) as error:
+        raise OSError(
+            f"{TRAINER_STATE_NAME!r} of the checkpoint {folder} cannot be read ({reason_of(error)}). Resume from "
+            "another checkpoint."
+        ) from error
+
+
+@contextmanager
+def _named_part(folder: str | None, what: str) -> Iterator[None]:
+    """Name the checkpoint and its part in an error, where no record could show that a file is damaged."""
+    try:
+        yield
+    except Exception as error:  # of pickle, zip files, safetensors and shapes, which have many kinds
+        if folder is None:
+            raise
+        raise OSError(
+            f"{what} of the checkpoint {folder} cannot be loaded ({reason_of(error)}): a file is damaged, or of "
+            "another network or optimizer. Resume from another checkpoint."
+        ) from error
 
 
 def _check_record(folder: Path, run: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Replace output folders as a whole, lock them, and check their disk."""
 
-import errno
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+
+from ..model import named_errors
 
 
 logger = logging.get_logger(__name__)
@@ -79,7 +80,8 @@ def replaced_folder(path: str | Path, keep: Sequence[str] = ()) -> Iterator[Path
 @contextmanager
 def named_full_disk(path: str | Path, outcome: str) -> Iterator[None]:
     """
-    Name the path, the outcome and a remedy in the error of a full disk.
+    Name the path, the outcome and a remedy in the error of a full disk, as
+    [`~hf_scan.model.named_errors.named_full_disk`] does, and the checkpoint to resume a run from.
 
     Args:
         path (`str` or `Path`): The file or the folder of a run that is written.
@@ -90,16 +92,10 @@ def named_full_disk(path: str | Path, outcome: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except Exception:
         last = last_whole_checkpoint(path)
-        resumed = f", and resume the run from {last}" if last else ""
-        raise OSError(
-            error.errno,
-            f"{path} could not be written: the disk is full, and {outcome}. Make space there, or choose another "
-            f"folder{resumed}.",
-        ) from error
+        with named_errors.named_full_disk(path, outcome, f", and resume the run from {last}" if last else ""):
+            raise
 
 
 def check_space(folder: str | Path, needed: float, what: str, instead: str) -> None:

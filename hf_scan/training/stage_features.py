@@ -3,7 +3,7 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -51,11 +51,11 @@ class StageFeatures(Dataset[dict[str, Any]]):
                 f"{folder} holds no features of a split; write them with `extract_stage_features`."
             )
         self.folder = Path(folder)
-        self.stages = [np.load(file, mmap_mode="r") for file in files]
-        self.labels = np.load(labels)
+        self.stages = [_load(file, "r") for file in files]
+        self.labels = _load(labels)
         samples = Path(folder, "samples.npy")
         # Digests of the images, where they are known.
-        self.samples = np.load(samples) if samples.is_file() else None
+        self.samples = _load(samples) if samples.is_file() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder,)  # a copy of the arrays would go to every worker
@@ -66,6 +66,17 @@ class StageFeatures(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         features = tuple(torch.from_numpy(stage[index].copy()) for stage in self.stages)
         return {"stage_features": features, "labels": int(self.labels[index])}
+
+
+def _load(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(file, mmap_mode=mmap_mode)
+    except (ValueError, EOFError, OSError) as error:
+        raise OSError(
+            f"The features {file} cannot be read ({error}). Remove {file.parent}, and write them again with "
+            "`extract_stage_features`."
+        ) from error
+    return array
 
 
 @torch.inference_mode()

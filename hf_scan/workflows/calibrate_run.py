@@ -27,6 +27,7 @@ from ..reporting.plotting import plot_exit_shares, plot_frontier, plot_reliabili
 from ..reporting.report import exit_report, exit_table
 from ..training.output_dirs import lock_output_folder, replaced_folder
 from .data_arguments import DataArguments, load_splits, metadata, title
+from .json_files import read_json
 
 
 @dataclass
@@ -161,7 +162,7 @@ def run_calibration(data: DataArguments, arguments: CalibrationArguments) -> dic
     folder = Path(arguments.output_dir or arguments.model)
     lock = lock_output_folder(folder, keep=["*"])
     written = Path(arguments.model, "metrics.json")
-    facts: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    facts: dict[str, Any] = read_json(written, "the figures of its run") if written.is_file() else {}
     arguments.seed = facts.get("seed", 0) if arguments.seed is None else arguments.seed
     splits = load_splits(data, arguments.seed, validate="validation" in facts.get("splits", {}))
     search, test = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..calibration.calibrate import calibrate
 from ..calibration.certify import RiskBound
@@ -21,6 +22,7 @@ from ..data.transforms import eval_transform, train_transform
 from ..model.evaluation_mode import evaluating
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
+from ..model.named_errors import reason_of, write_whole
 from ..model.provenance import unknown_images
 from ..reporting.model_card import create_model_card
 from ..reporting.report import exit_report, exit_table, speedup_lines
@@ -181,7 +183,7 @@ class _Run:
 
         fit = f"Fit a classifier for {self.plain.num_labels} classes, which the weights do not know"
         self.steps.run("plain", fit if self.new_classes else "Take the network as it is", settings, work)
-        self.plain.backbone.load_state_dict(torch.load(file, weights_only=True))
+        _load_step(self.plain.backbone, file)
 
     def place_exits(self) -> ExitSearch:
         """Train the heads of all candidates, measure costs once, and choose."""
@@ -361,7 +363,7 @@ class _Run:
     def give_up(self, search: ExitSearch) -> Equipped:
         """Say that exits do not pay, and leave what was found."""
         folder = self.steps.folder
-        (folder / "placement.json").write_text(json.dumps(search.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "placement.json", json.dumps(search.to_dict(), indent=2) + "\n")
         _draw(search, folder / "placement.png")
         table = collect_exit_logits(search.model, self.images("test"), "test")
         accuracy = float((table.deepest == table.labels).mean())
@@ -403,6 +405,15 @@ def _name_classes(plain: ScanForImageClassification, names: list[str]) -> None:
     if all(str(name).startswith("LABEL_") for name in plain.config.id2label.values()):
         plain.config.id2label = dict(enumerate(names))
         plain.config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def _load_step(backbone: nn.Module, file: Path) -> None:
+    try:
+        backbone.load_state_dict(torch.load(file, weights_only=True))
+    except Exception as error:  # of pickle, zip files and shapes, which have many kinds
+        raise OSError(
+            f"{file} of an earlier run cannot be loaded ({reason_of(error)}). Remove {file.parent} to begin anew."
+        ) from error
 
 
 def _check_classes(plain: ScanForImageClassification, images: Any, arguments: EquipArguments) -> None:

@@ -2,7 +2,6 @@
 """What network a run trains, and which weights it starts from."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..model.configuration_scan import ScanConfig
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.provenance import unknown_images
 from ..training.checkpoints import read_trained_on
+from .json_files import parse_json
 
 
 @dataclass
@@ -91,7 +91,9 @@ class ModelArguments:
 def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClassification:
     """Return the network, with new weights or with those that are asked for."""
     settings: dict[str, Any] = {
-        "backbone_kwargs": json.loads(network.backbone_kwargs),
+        "backbone_kwargs": parse_json(
+            network.backbone_kwargs, "`--backbone_kwargs`", """expected arguments for timm such as '{"depth": 6}'"""
+        ),
         "exit_points": [int(point) if point.isdigit() else point for point in network.exit_points or []] or None,
         "attention_type": network.attention_type,
         "classifier_type": network.classifier_type,

@@ -64,7 +64,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}; expected a YAML file of flags.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"The recipe {path} cannot be read as YAML ({' '.join(str(error).split())}); expected a line "
+            "`flag: value` each."
+        ) from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} holds a {type(recipe).__name__}; expected a line `flag: value` each.")
     included = recipe.pop("include", None)

@@ -17,6 +17,7 @@ from ..calibration.exit_table import ExitTable, collect_exit_logits
 from ..calibration.splits import LEAST_SAMPLES
 from ..model.configuration_scan import ScanConfig
 from ..model.modeling_scan import ScanForImageClassification
+from ..model.named_errors import write_whole
 from ..reporting.plotting import plot_placement
 from ..reporting.report import markdown_table
 from ..training.output_dirs import last_whole_checkpoint
@@ -197,7 +198,7 @@ def search_exits(
         costs = costs_of_parts(wide, costs)
     found = choose_exits(wide, table, costs, max_exits, max_accuracy_drop)
     if output_dir is not None:
-        Path(output_dir, "search.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(output_dir, "search.json"), json.dumps(found.to_dict(), indent=2) + "\n")
     return found
 
 

@@ -2,12 +2,13 @@
 """Steps of a long run, each done once: what finished before an interruption is not done again."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..model.named_errors import write_whole
 
 
 class Steps:
@@ -80,9 +81,7 @@ class Steps:
 
     @staticmethod
     def _write(file: Path, record: dict[str, Any]) -> None:
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_whole(file, json.dumps(record, indent=2) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:

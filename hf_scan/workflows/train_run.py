@@ -29,11 +29,12 @@ from ..reporting.plotting import plot_frontier, plot_training
 from ..reporting.report import exit_report, exit_table, speedup_lines
 from ..training.baseline import plain_accuracy, plain_copy
 from ..training.checkpoints import CheckedTrainer
-from ..training.output_dirs import last_whole_checkpoint, lock_output_folder, replaced_folder
+from ..training.output_dirs import last_whole_checkpoint, lock_output_folder, named_full_disk, replaced_folder
 from ..training.stage_features import StageFeatures, extract_stage_features
 from ..training.trainer import ScanTrainer
 from ..training.training_args import ScanTrainingArguments
 from .data_arguments import DataArguments, augments, check_search_split, load_splits, metadata, prepare_images, title
+from .json_files import read_json
 from .model_arguments import ModelArguments, check_network, create_model, source_on_the_hub
 
 
@@ -60,7 +61,7 @@ def run_training(data: DataArguments, network: ModelArguments, args: ScanTrainin
         `FileExistsError`: if `output_dir` holds something else, or another run writes to it.
     """
     _check_arguments(data, network, args)
-    there = None if network.plain_metrics is None else Path(network.plain_metrics).read_text(encoding="utf-8")
+    known = None if network.plain_metrics is None else _plain_accuracy(network.plain_metrics)
     lock = lock_output_folder(args.output_dir, [*KEPT, FEATURES]) if args.process_index == 0 else None
     set_seed(args.seed)
     check_network(network)
@@ -92,7 +93,6 @@ def run_training(data: DataArguments, network: ModelArguments, args: ScanTrainin
     if not trainer.is_world_process_zero():
         return None
     scores = {name.removeprefix("test_"): score for name, score in scores.items()}
-    known = json.loads(there)["accuracy"] if there is not None else None
     if known is None and args.freeze_backbone:  # whose deepest exit is the plain network, to the bit
         known = scores["accuracy"]
     facts = _facts(data, args, trainer, splits)
@@ -110,6 +110,14 @@ def run_training(data: DataArguments, network: ModelArguments, args: ScanTrainin
     if lock is not None:
         lock.release()
     return {**facts, **report}
+
+
+def _plain_accuracy(path: str) -> float:
+    """Return the accuracy in the `metrics.json` of a run with `--plain`."""
+    accuracy = read_json(path, "the `metrics.json` of a run with `--plain`").get("accuracy")
+    if not isinstance(accuracy, (int, float)):
+        raise ValueError(f"{path} holds no `accuracy`; expected the `metrics.json` of a run with `--plain`.")
+    return accuracy
 
 
 def _check_arguments(data: DataArguments, network: ModelArguments, args: ScanTrainingArguments) -> None:
@@ -236,9 +244,11 @@ def _write(
             trainer.card.save(folder / "README.md")
     print(f"Written to {args.output_dir}")
     if not network.plain and any("loss" in entry for entry in trainer.state.log_history):  # or too short to log
+        picture = Path(args.output_dir, "training.png")
         try:
-            plot_training(trainer.state.log_history, Path(args.output_dir, "training.png"))
-        except ImportError as error:
+            with named_full_disk(picture, "all else is in place"):
+                plot_training(trainer.state.log_history, picture)
+        except (ImportError, OSError) as error:
             print(error)
 
 

@@ -58,3 +58,39 @@ def test_pushed_by_one_and_loaded_by_another(hub, tmp_path):
     # From the cache, without a network.
     again = hub.run(LOAD, *arguments, user="bob", cache=cache, HF_HUB_OFFLINE="1").stdout.splitlines()
     assert [json.loads(line) for line in again] == found
+
+
+REFUSED = """
+import sys
+from hf_scan import ExitConfig, ScanForImageClassification, ScanTrainer, ScanTrainingArguments
+from hf_scan.runtime import ORTScanForImageClassification
+engine = ORTScanForImageClassification.from_pretrained(sys.argv[1])
+model = ScanForImageClassification(engine.config)
+args = {"output_dir": sys.argv[2], "hub_model_id": "alice/net", "use_cpu": True}
+for push in (
+    lambda: engine.push_to_hub("alice/net"),
+    lambda: model.push_to_hub("alice/net"),
+    lambda: ScanTrainer(model, ScanTrainingArguments(**args)).push_to_hub(),
+    lambda: ScanTrainer(model, ScanTrainingArguments(**args, push_to_hub=True)),
+    lambda: ExitConfig([0.5]).push_to_hub("alice/net"),
+    lambda: ORTScanForImageClassification.from_pretrained("alice/net"),
+):
+    try:
+        push()
+        print("nothing was refused")
+    except OSError as error:
+        print("OSError", error)
+"""
+
+
+def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path):
+    random_scan_model().export_onnx(tmp_path / "exported")
+    hub.misbehave("POST", "/api/repos/create", status=403, times=None)
+    said = hub.run(REFUSED, tmp_path / "exported", tmp_path / "run").stdout.splitlines()
+    assert len(said) == 6
+    advice = "Check the name, a token that may write there (`hf auth login`) and the connection, and push again."
+    for line in said[:5]:
+        assert line.startswith("OSError alice/net could not be pushed to (")
+        assert line.endswith(f"). {advice}")
+    assert said[5].startswith("OSError alice/net could not be loaded (")
+    assert said[5].endswith("). Check the name, the token and the connection, and try again.")

@@ -21,7 +21,7 @@ from hf_scan import ExitConfig, measure_costs
 from hf_scan.runtime import ExitSettings, ORTScanForImageClassification, compare, graphs, quantize
 from hf_scan.runtime.manifest import Manifest
 
-from ..conftest import random_scan_model
+from ..conftest import full_disk, random_scan_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -266,3 +266,21 @@ def test_one_file_refuses_a_criterion_that_it_cannot_hold(exported):
     states = [[value["name"] for value in values] for values in manifest.states]
     with pytest.raises(ValueError, match="`criterion` is 'luck'"):
         graphs.nest(stages, states, {**manifest.adaptive, "criterion": "luck"})
+
+
+@pytest.mark.parametrize(("size", "in_8_bits"), [(1000, False), (2**20, False), (2**20, True)])
+def test_a_full_disk_leaves_what_was_there(tmp_path, model, size, in_8_bits):
+    """While the first file is written, a later one, and those of the quantised network."""
+    (tmp_path / "exported" / "onnx").mkdir(parents=True)
+    calibration = torch.randn(4, 3, 16, 16) if in_8_bits else None
+    said = r"exported could not be written: the disk is full, and what was there has not changed\. Make space"
+    with full_disk(size), pytest.raises(OSError, match=said):
+        model.export_onnx(tmp_path / "exported", calibration_dataset=calibration)
+    assert [path.name for path in tmp_path.rglob("*")] == ["exported", "onnx"]
+
+
+def test_a_full_disk_when_an_engine_is_saved(tmp_path, engine):
+    said = r"copy could not be written: the disk is full, and what was there has not changed\. Make space"
+    with full_disk(1000), pytest.raises(OSError, match=said):
+        engine.save_pretrained(tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []

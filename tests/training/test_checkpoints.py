@@ -219,6 +219,25 @@ def test_a_flipped_byte_is_found(checkpoint, tmp_path, name):
         resume(folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("optimizer.pt", r"optimizer\.pt or scheduler\.pt of the checkpoint"),
+        ("scheduler.pt", r"optimizer\.pt or scheduler\.pt of the checkpoint"),
+        ("rng_state.pth", r"rng_state\.pth of the checkpoint"),
+        ("model.safetensors", "weights of the checkpoint"),
+        ("trainer_state.json", r"'trainer_state\.json' of the checkpoint"),
+    ],
+)
+def test_a_damaged_part_is_named_where_there_is_no_record(checkpoint, tmp_path, name, said):
+    """As of a checkpoint that a plain `Trainer` wrote."""
+    folder = copied(checkpoint[0], tmp_path)
+    (folder / "checkpoint.json").unlink()
+    (folder / name).write_bytes((folder / name).read_bytes()[:50])
+    with pytest.raises(OSError, match=rf"{said} .*checkpoint-2 cannot be (loaded|read) \(.+\).*another checkpoint"):
+        resume(folder, tmp_path / "run")
+
+
 def test_a_damaged_record_is_named(checkpoint, tmp_path):
     folder = copied(checkpoint[0], tmp_path)
     for text in ("{", '{"files": 3}', "[]"):

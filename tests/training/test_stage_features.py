@@ -44,6 +44,15 @@ def test_a_disk_without_space(tmp_path, monkeypatch):
     assert not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize("name", ["stage_00.npy", "labels.npy"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    extract_stage_features(random_scan_model(), rows(2), tmp_path / "features")
+    file = tmp_path / "features" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(OSError, match=rf"The features .*{name} cannot be read \(.+\)\. Remove .*features, and write"):
+        StageFeatures(tmp_path / "features")
+
+
 def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; choose another folder"):
