@@ -51,7 +51,7 @@ from adaptive import NOTHING_LEAVES, load_splits
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_exit_rule, calibrate, measure_costs
 from hf_scan.calibration import ExitTable, collect_exit_logits
 from hf_scan.costs import describe_machine
-from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.runtime import ORTScanForImageClassification, OVScanForImageClassification, threaded_options
 
 
 ORT, OPENVINO, PYTORCH = "ONNX Runtime", "OpenVINO", "PyTorch, compiled"
@@ -107,13 +107,9 @@ def available_engines(folder: Path, openvino: bool) -> Iterator[tuple[str, str, 
 def load_engine(runtime: str, folder: Path, subfolder: str, threads: int) -> Any:
     """Return an engine for an export, with so many threads, which do not spin while they wait."""
     if runtime == OPENVINO:
-        from deploy_openvino import openvino_engine
-
-        return openvino_engine(folder, threads, subfolder)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+        settings = {"INFERENCE_NUM_THREADS": threads}
+        return OVScanForImageClassification.from_pretrained(folder, subfolder=subfolder, ov_config=settings)
+    options = threaded_options(threads)
     return ORTScanForImageClassification.from_pretrained(folder, subfolder=subfolder, session_options=options)
 
 

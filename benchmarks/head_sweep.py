@@ -32,7 +32,7 @@ from hf_scan.costs import CostModel, describe_machine, measure_costs
 from hf_scan.data import DecodedRows, ImagesInMemory, SeededImages, eval_transform, prepare_columns, split_off
 from hf_scan.data.digests import tensor_digests
 from hf_scan.model.image_processing_scan import create_image_processor
-from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.runtime import ORTScanForImageClassification, threaded_options
 from hf_scan.training.collation import collate_rows
 from hf_scan.training.losses import SelfDistillationLoss
 
@@ -209,7 +209,8 @@ def costs(model: ScanForImageClassification, search: ExitTable, arguments: argpa
     batch_size = max(arguments.batch_sizes)
     with tempfile.TemporaryDirectory() as scratch:
         model.export_onnx(scratch)
-        engine = ORTScanForImageClassification.from_pretrained(scratch)
+        options = threaded_options(torch.get_num_threads())
+        engine = ORTScanForImageClassification.from_pretrained(scratch, session_options=options)
         model.compile_stages()
         for runtime, network in (("PyTorch", model), ("ONNX Runtime", engine)):
             measured = measure_costs(network, batch_size=batch_size, rounds=arguments.rounds)

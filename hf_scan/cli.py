@@ -161,7 +161,7 @@ def _measure(arguments: list[str]) -> Any:
     parser = _parser("measure", "runs/photos --batch-size 8 --save")
     parser.add_argument("model", help="a trained network or an export to ONNX: a folder, or a repository on the Hub")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: 1)")
-    parser.add_argument("--threads", type=int, help="threads to compute with (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: the runtime's)")
     parser.add_argument("--rounds", type=int, default=7, help="times that each part is measured (default: 7)")
     parser.add_argument("--save", action="store_true", help="keep the costs in the folder's exit_config.json")
     given = parser.parse_args(arguments)
@@ -169,7 +169,7 @@ def _measure(arguments: list[str]) -> Any:
         raise ValueError(f"`--save` writes into a folder, and {given.model!r} is none. Leave it out.")
     costs = import_module("hf_scan.costs")
     costs.keep_freed_memory()
-    model = _load(given.model)
+    model = _load(given.model, given.threads)
     if hasattr(model, "parameters"):
         model = model.to(memory_format=import_module("torch").channels_last)
     measured = costs.measure_costs(model, given.batch_size, threads=given.threads, rounds=given.rounds)
@@ -254,10 +254,12 @@ def _serve(arguments: list[str]) -> Any:
     return {"model": given.model}
 
 
-def _load(name: str) -> Any:
-    """Return a network, or the engine of one that was exported."""
+def _load(name: str, threads: int | None = None) -> Any:
+    """Return a network, or the engine of one that was exported, with so many threads."""
     if Path(name, "onnx").is_dir():
-        return import_module("hf_scan.runtime").ORTScanForImageClassification.from_pretrained(name)
+        runtime = import_module("hf_scan.runtime")
+        options = None if threads is None else runtime.threaded_options(threads)
+        return runtime.ORTScanForImageClassification.from_pretrained(name, session_options=options)
     return import_module("hf_scan").ScanForImageClassification.from_pretrained(name).eval()
 
 

@@ -128,7 +128,8 @@ def measure_costs(
             in.
         batch_size (`int`, *optional*, defaults to 1): Number of images in a batch.
         dtype (`torch.dtype`, *optional*): The type to compute with. Defaults to the model's.
-        threads (`int`, *optional*): Number of threads, on a CPU. Defaults to PyTorch's current number.
+        threads (`int`, *optional*): Number of threads, on a CPU. Defaults to PyTorch's current number. The engine of
+            an export has its number since it was loaded.
         device (`torch.device` or `str`, *optional*): Where to measure. Defaults to the model's device. On another
             device, or with another `dtype`, a copy is measured, whose stages are not compiled.
         rounds (`int`, *optional*, defaults to 7): How often each batch size is measured, for at least 50 milliseconds
@@ -139,7 +140,8 @@ def measure_costs(
         model.
 
     Raises:
-        `ValueError`: if the model is in training mode, or `batch_size`, `threads` or `rounds` are below 1.
+        `ValueError`: if the model is in training mode, `batch_size`, `threads` or `rounds` are below 1, or `threads`
+            is not the number of an engine that was loaded with another.
 
     Example:
 
@@ -157,6 +159,7 @@ def measure_costs(
     for name, value in {"batch_size": batch_size, "threads": threads, "rounds": rounds}.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; expected a whole number of at least 1.")
+    threads = _threads_of(model, threads)
     device = torch.device(device or model.device)
     elsewhere = device.type != model.device.type or device.index not in (None, model.device.index)
     if elsewhere or dtype not in (None, model.dtype):
@@ -166,7 +169,7 @@ def measure_costs(
     batches = {size: _example(model, size, torch.rand) for size in sizes}
     plain = _plain(model)
 
-    with benchmark.set_torch_threads(threads or torch.get_num_threads()), torch.inference_mode():
+    with benchmark.set_torch_threads(threads), torch.inference_mode():
         repeats = {}
         for size, images in batches.items():
             _time_parts(model, images, plain)  # warms up
@@ -177,7 +180,6 @@ def measure_costs(
                     times[size] += [_time_parts(model, images, plain) for _ in range(repeats[size])]
                     bar.update()
         machine = describe_machine(device)
-        threads = torch.get_num_threads()
 
     task = benchmark.TaskSpec("", "", num_threads=threads)
     measured = {
@@ -201,6 +203,20 @@ def measure_costs(
     )
     _warn_of_noise(costs)
     return costs
+
+
+def _threads_of(model: Any, threads: int | None) -> int:
+    """Return the number of threads to measure with, which an engine has since it was loaded."""
+    own: int | None = getattr(model, "threads", None)
+    if own is None:
+        return threads or torch.get_num_threads()
+    if threads not in (None, own):
+        raise ValueError(
+            f"`threads` is {threads}, and the engine was loaded with {own}; expected the same. Load it anew with "
+            "`session_options=threaded_options(threads)` of `hf_scan.runtime`, or OpenVINO's with "
+            "`ov_config={'INFERENCE_NUM_THREADS': threads}`."
+        )
+    return own
 
 
 def _warn_of_noise(costs: MeasuredCosts) -> None:

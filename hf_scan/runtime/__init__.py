@@ -1,24 +1,29 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Export networks to ONNX, and run them with NumPy and ONNX Runtime, without PyTorch."""
+"""Export networks to ONNX, and run them with NumPy and ONNX Runtime or OpenVINO, without PyTorch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .engine import EngineOutput, ORTScanForImageClassification, share_thread_pool
+    from .engine import EngineOutput, ExportedScan
     from .export import export_onnx
     from .numpy_rule import AdaptiveAnswer, ExitSettings, apply_exit_rule
+    from .onnx_runtime import ORTScanForImageClassification, share_thread_pool, threaded_options
+    from .openvino_runtime import OVScanForImageClassification
 
-# Imported lazily: the export needs PyTorch, the engine does not.
+# Imported lazily: the export needs PyTorch and each engine its own runtime.
 _IMPORTED_WHEN_USED = {
     "AdaptiveAnswer": ".numpy_rule",
     "EngineOutput": ".engine",
     "ExitSettings": ".numpy_rule",
-    "ORTScanForImageClassification": ".engine",
+    "ExportedScan": ".engine",
+    "ORTScanForImageClassification": ".onnx_runtime",
+    "OVScanForImageClassification": ".openvino_runtime",
     "apply_exit_rule": ".numpy_rule",
     "export_onnx": ".export",
-    "share_thread_pool": ".engine",
+    "share_thread_pool": ".onnx_runtime",
+    "threaded_options": ".onnx_runtime",
 }
 
 
@@ -32,8 +37,11 @@ __all__ = [
     "AdaptiveAnswer",
     "EngineOutput",
     "ExitSettings",
+    "ExportedScan",
     "ORTScanForImageClassification",
+    "OVScanForImageClassification",
     "apply_exit_rule",
     "export_onnx",
     "share_thread_pool",
+    "threaded_options",
 ]

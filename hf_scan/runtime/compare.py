@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .engine import ORTScanForImageClassification
 from .numpy_rule import RULE, ExitSettings, apply_exit_rule, plan_steps
+from .onnx_runtime import ORTScanForImageClassification
 
 
 if TYPE_CHECKING:

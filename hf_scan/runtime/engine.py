@@ -1,10 +1,10 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""The engine without PyTorch: it runs an exported folder with NumPy and ONNX Runtime."""
+"""The engine without PyTorch: it runs an exported folder with NumPy and the sessions of a runtime."""
 
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import numpy as np
 from ..model.problem_type import for_problem
 from ..model.provenance import join_trained_on
 from .loading import download, read_config, read_exit_config
-from .manifest import MANIFEST_NAME, ONNX_FOLDER, Manifest
+from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, plan_steps
-from .routing import check_finite, run_batch
+from .routing import Group, answer_with_fallback, check_finite, run_batch
 from .saving import save_export, upload_export
-from .sessions import Sessions, resolve_providers, share_thread_pool
+from .sessions import Sessions
 from .stream import in_order, numbered, run_stream
 
 
@@ -30,7 +30,7 @@ HUB_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only", "force_do
 @dataclass
 class EngineOutput:
     """
-    The logits of all exits, as [`ORTScanForImageClassification`] returns them.
+    The logits of all exits, as [`ExportedScan`] returns them.
 
     Args:
         logits (`np.ndarray` of shape `(batch_size, num_labels)`): Logits of the deepest exit.
@@ -50,86 +50,46 @@ class EngineOutput:
         return ["logits", "exit_logits", "ensemble_logits"]
 
 
-class ORTScanForImageClassification:
+class ExportedScan:
     """
-    An exported network with early exits, run by ONNX Runtime: [`~ScanForImageClassification.predict_adaptive`] without
-    PyTorch. [`~ORTScanForImageClassification.from_pretrained`] loads one.
+    An exported network with early exits, without PyTorch: what the engines of all runtimes share. It routes samples
+    with NumPy and runs graphs in sessions of a runtime. Load [`ORTScanForImageClassification`] or
+    [`OVScanForImageClassification`].
 
     NumPy arrays give NumPy arrays and PyTorch tensors give tensors, so that an engine can be used in place of a
     model: in `pipeline("image-classification", model=engine, image_processor=...)`, and as the model of
     [`~hf_scan.calibrate`], [`~hf_scan.measure_costs`], [`~hf_scan.realised_speedup`] and [`~hf_scan.ExitMonitor`].
 
-    A single image runs `adaptive.onnx`, larger batches run stage by stage. Each session has its own thread pool,
-    unless [`share_thread_pool`] makes them share one.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from hf_scan import ScanConfig, ScanForImageClassification
-    >>> from hf_scan.runtime import ORTScanForImageClassification
-
-    >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=10)).eval()
-    >>> model.export_onnx("exported")
-    >>> engine = ORTScanForImageClassification.from_pretrained("exported")
-    >>> answer = engine.predict_adaptive(np.zeros((4, 3, 32, 32), np.float32), thresholds=[0.9, 0.9])
-    >>> answer.logits.shape
-    (4, 10)
-    ```
+    Args:
+        folder (`Path`): The export.
+        manifest ([`Manifest`]): Its manifest.
+        config: Its [`~hf_scan.ScanConfig`], or a namespace with the same values without Transformers.
+        exit_config: Its [`~hf_scan.ExitConfig`], or [`ExitSettings`] without PyTorch.
+        sessions ([`Sessions`]): Opens and runs its graphs.
     """
 
     main_input_name = "pixel_values"
     training = False
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        config: Any,
-        exit_config: Any,
-        providers: list[tuple[str, dict[str, Any]]],
-        session_options: Any = None,
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, config: Any, exit_config: Any, sessions: Sessions) -> None:
         self.folder, self.manifest, self.config = folder, manifest, config
         self._exit_config = exit_config
-        self._sessions = Sessions(folder, manifest, providers, session_options)
+        self._sessions = sessions
         self._scratch: Any = None  # holds a folder that was exported for this engine only
 
     @classmethod
-    def from_pretrained(
+    def _load(
         cls,
         model_id: str | os.PathLike[str],
+        sessions: Callable[[Path, Manifest], Sessions],
         export: bool = False,
-        provider: str = "CPUExecutionProvider",
-        providers: Sequence[Any] | None = None,
-        provider_options: dict[str, Any] | None = None,
-        session_options: Any = None,
         subfolder: str = "",
         exit_config: Any = None,
         **kwargs: Any,
-    ) -> "ORTScanForImageClassification":
-        """
-        Load an exported network, with the arguments of Optimum's `ORTModel`.
-
-        Args:
-            model_id (`str` or `Path`): A folder that `model.export_onnx` made, or a repository on the Hub.
-            export (`bool`, *optional*, defaults to `False`): Whether it is a PyTorch checkpoint to export first.
-            provider (`str`, *optional*, defaults to `"CPUExecutionProvider"`): The execution provider.
-            providers (`Sequence`, *optional*): Several providers in order of preference, in place of `provider`.
-            provider_options (`dict`, *optional*): Options of `provider`.
-            session_options (`onnxruntime.SessionOptions`, *optional*): Options of every session, such as the threads.
-            subfolder (`str`, *optional*): A folder in it, such as `"int8"`.
-            exit_config (*optional*): Used instead of the folder's `exit_config.json`.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub, and, with `export=True`, the
-                arguments of [`~hf_scan.runtime.export_onnx`].
-
-        Raises:
-            `OSError`: if there is no export, or a file of it is missing or is not what the manifest describes.
-            `ValueError`: if a file names something outside of the folder, or a provider is unknown.
-        """
-        chosen = resolve_providers(provider, providers, provider_options)
+    ) -> Any:
+        """Load an exported network, whose graphs `sessions(folder, manifest)` opens."""
         if export:
-            return cls._exported(model_id, chosen, session_options, exit_config, subfolder=subfolder, **kwargs)
+            return cls._exported(model_id, sessions, exit_config, subfolder=subfolder, **kwargs)
         if unknown := sorted(set(kwargs) - HUB_ARGUMENTS):
             raise TypeError(
                 f"`from_pretrained` got {unknown}; expected some of {sorted(HUB_ARGUMENTS)}. Settings of the export "
@@ -143,21 +103,17 @@ class ORTScanForImageClassification:
         exit_config = for_problem(exit_config, config.problem_type)
         if exit_config.thresholds is not None:
             exit_config.resolve(manifest.num_exits)
-        return cls(folder, manifest, config, exit_config, chosen, session_options)
+        return cls(folder, manifest, config, exit_config, sessions(folder, manifest))
 
     @classmethod
-    def _exported(
-        cls, model_id: Any, providers: list[Any], session_options: Any, exit_config: Any, **kwargs: Any
-    ) -> "ORTScanForImageClassification":
+    def _exported(cls, model_id: Any, sessions: Any, exit_config: Any, **kwargs: Any) -> Any:
         from ..model.modeling_scan import ScanForImageClassification
 
         names = ("calibration_dataset", "include_preprocessing", "opset")
         settings = {name: kwargs.pop(name) for name in names if name in kwargs}
         scratch = tempfile.TemporaryDirectory()
         ScanForImageClassification.from_pretrained(model_id, **kwargs).export_onnx(scratch.name, **settings)
-        engine = cls.from_pretrained(
-            scratch.name, providers=providers, session_options=session_options, exit_config=exit_config
-        )
+        engine = cls._load(scratch.name, sessions, exit_config=exit_config)
         engine._scratch = scratch
         return engine
 
@@ -190,6 +146,11 @@ class ORTScanForImageClassification:
         return self.manifest.counted
 
     @property
+    def threads(self) -> int:
+        """Number of threads that a graph is computed with, as chosen when the engine was loaded."""
+        return self._sessions.threads
+
+    @property
     def device(self) -> Any:
         """The device that images must be on: the CPU."""
         return _torch().device("cpu")
@@ -199,7 +160,7 @@ class ORTScanForImageClassification:
         """The dtype of the images."""
         return getattr(_torch(), self.manifest.image["dtype"])
 
-    def to(self, *args: Any, **kwargs: Any) -> "ORTScanForImageClassification":
+    def to(self, *args: Any, **kwargs: Any) -> "ExportedScan":
         """Return the engine as it is: providers are chosen when it is loaded."""
         return self
 
@@ -207,11 +168,11 @@ class ORTScanForImageClassification:
         """Return `False`: an exported network has no modes."""
         return False
 
-    def eval(self) -> "ORTScanForImageClassification":
+    def eval(self) -> "ExportedScan":
         """Return the engine, which is always in evaluation mode."""
         return self
 
-    def train(self, mode: bool = True) -> "ORTScanForImageClassification":
+    def train(self, mode: bool = True) -> "ExportedScan":
         """Raise a `ValueError`, unless `mode` is `False`."""
         if mode:
             raise ValueError("An exported network is not trained. Train the checkpoint and export it again.")
@@ -273,25 +234,30 @@ class ORTScanForImageClassification:
     def time_parts(self, pixel_values: Any) -> list[float]:
         """
         Return the seconds of each stage and its head, in order, and of the plain network. A head runs in the session
-        of its stage, so its time is the difference between the stage with and without the head.
+        of its stage, so its time is the difference between the stage with the head and without it. All stages run
+        without heads first and then all with heads: each finds the caches as a pass through the network leaves them,
+        where running a stage twice in a row would make its second run, and so its head, cheaper than it is.
         """
-        state: list[Any] = [self._images(pixel_values)[0]]
-        images, seconds = state[0], []
-        for index in range(self.num_exits):
-            start = time.perf_counter()
-            after, _ = self.run(index, state, head=False)
-            middle = time.perf_counter()
-            if index < self.num_exits - 1:
-                after, logits = self.run(index, state, head=True)
-                (confidence_of(logits) > 0.5).any()  # the decision who leaves
-            both = time.perf_counter() - middle
-            alone = middle - start
-            # At least a nanosecond: later code divides by it.
-            seconds += [alone, max(1e-9, both - alone) if index < self.num_exits - 1 else 1e-9]
-            state = after
+        images = self._images(pixel_values)[0]
+        without, with_heads = self._time_pass(images, head=False), self._time_pass(images, head=True)
+        # At least a nanosecond: later code divides by it.
+        heads = [*(max(1e-9, both - alone) for alone, both in zip(without[:-1], with_heads)), 1e-9]
         start = time.perf_counter()
         self._sessions["plain.onnx"].run(None, {"pixel_values": images})
-        return [*seconds, time.perf_counter() - start]
+        plain = time.perf_counter() - start
+        return [seconds for pair in zip(without, heads) for seconds in pair] + [plain]
+
+    def _time_pass(self, images: np.ndarray, head: bool) -> list[float]:
+        """Return the seconds of each stage in a pass through the network, with or without its heads."""
+        state: list[Any] = [images]
+        seconds = []
+        for index in range(self.num_exits):
+            start = time.perf_counter()
+            state, logits = self.run(index, state, head)
+            if head and index < self.num_exits - 1:
+                (confidence_of(logits) > 0.5).any()  # the decision who leaves
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def predict_adaptive(
         self,
@@ -317,7 +283,9 @@ class ORTScanForImageClassification:
         plan = plan_steps(settings, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        if len(images) == 1 and max_time_ms is None and self.manifest.holds(settings, plan):
+        if max_time_ms is None and len(plan) == self.num_exits and not any(step.runs for step in plan[:-1]):
+            answer = self._run_plain(images, settings)  # with all exits off it costs what the plain network costs
+        elif len(images) == 1 and max_time_ms is None and self.manifest.holds(settings, plan):
             answer = self.run_nested(images, plan)
         else:
             answer = run_batch(self, images, settings, plan, max_time_ms)
@@ -369,12 +337,19 @@ class ORTScanForImageClassification:
         check_finite(confidence)
         return AdaptiveAnswer(logits, exit_index, confidence)
 
+    def _run_plain(self, images: np.ndarray, settings: ExitSettings) -> AdaptiveAnswer:
+        """Answer with the deepest exit, whose logits are the plain network's."""
+        logits = self._sessions["plain.onnx"].run(None, {"pixel_values": images})[0]
+        group = Group(np.arange(len(images)), [], [logits], [self.num_exits - 1])
+        answer = answer_with_fallback(settings, group, self.num_exits)
+        return AdaptiveAnswer(answer.logits, answer.exit_index, answer.confidence)
+
     def open_sessions(self) -> None:
         """
         Open a session for every graph now, rather than each when it is first needed.
 
         Raises:
-            `OSError`: if ONNX Runtime does not load one of them.
+            `OSError`: if the runtime does not load one of them.
         """
         self._sessions.open_all()
 
@@ -389,7 +364,7 @@ class ORTScanForImageClassification:
         Args:
             save_directory (`str` or `Path`): The folder.
             push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push it to the Hub, too.
-            kwargs: For [`~ORTScanForImageClassification.push_to_hub`].
+            kwargs: For [`~ExportedScan.push_to_hub`].
         """
         target = Path(save_directory)
         save_export(self.folder, self.manifest, self.exit_config, target)
@@ -463,4 +438,4 @@ def _converted(answer: AdaptiveAnswer, convert: Any) -> Any:
     return AdaptiveOutput(**{name: convert(np.ascontiguousarray(value)) for name, value in answer.items()})
 
 
-__all__ = ["MANIFEST_NAME", "EngineOutput", "ORTScanForImageClassification", "share_thread_pool"]
+__all__ = ["EngineOutput", "ExportedScan"]

@@ -61,7 +61,7 @@ def run_batch(
     Run a batch stage by stage, each for the samples that have not left.
 
     Args:
-        engine ([`ORTScanForImageClassification`]): Runs the stages.
+        engine ([`ExportedScan`]): Runs the stages.
         images (`np.ndarray`): The batch.
         settings, plan: The rule.
         max_time_ms (`float`, *optional*): The time after which the remaining samples get the fallback's answer.

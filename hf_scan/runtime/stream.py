@@ -23,7 +23,7 @@ def run_stream(
     Yield answers as they are ready. An error of the source is raised after all images before it are answered.
 
     Args:
-        engine ([`ORTScanForImageClassification`]): Runs the stages.
+        engine ([`ExportedScan`]): Runs the stages.
         settings, plan: The rule.
         source (`Iterable`): Positions and images of each batch.
         batch_size (`int`): Samples at a time.

@@ -16,11 +16,11 @@ from ..calibration.exit_table import ExitTable, collect_exit_logits
 from ..calibration.frontier import oracle_policy, shared_threshold_frontier
 from ..calibration.monitor import ExitMonitor
 from ..costs.cost_model import CostModel
-from ..costs.measure import count_macs, describe_machine, measure_costs
+from ..costs.measure import count_macs, describe_machine, measure_costs, realised_speedup
 from ..data.transforms import eval_transform
 from ..metrics.scan_accuracy.scan_accuracy import ScanAccuracy
 from ..model.exit_config import EXIT_CONFIG_NAME
-from ..model.exit_rule import apply_exit_rule
+from ..model.exit_rule import apply_exit_rule, plan_exits
 from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.model_card import create_model_card
 from ..reporting.plotting import plot_exit_shares, plot_frontier, plot_reliability
@@ -28,6 +28,11 @@ from ..reporting.report import exit_report, exit_table
 from ..training.output_dirs import lock_output_folder, replaced_folder
 from .data_arguments import DataArguments, load_splits, metadata, title
 from .json_files import read_json
+from .verdict import Verdict, verdict_of_run
+
+
+# How many images a speed-up is measured on, for a verdict: some seconds on a CPU.
+TIMED_IMAGES = 64
 
 
 @dataclass
@@ -94,6 +99,41 @@ def score(model: ScanForImageClassification, table: ExitTable) -> dict[str, floa
         fallback=config.fallback,
         costs=count_macs(model).relative(config),
     )
+
+
+def judge(
+    model: ScanForImageClassification, scores: dict[str, float], images: torch.Tensor, batch_size: int = 1
+) -> Verdict:
+    """
+    Return whether early exits pay, from the speed-up that is measured on some images and the answers on a split.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network with its exit configuration, in evaluation mode.
+        scores (`dict[str, float]`): Of `ScanAccuracy`, on a split that found no thresholds.
+        images (`torch.Tensor` of shape `(n, num_channels, height, width)`): Images of that split, to measure on.
+        batch_size (`int`, *optional*, defaults to 1): Images at a time.
+    """
+    config, exits = model.exit_config, range(model.num_exits)
+    images = images.to(model.device, model.dtype, memory_format=torch.channels_last)
+    measured = realised_speedup(model, images, min(batch_size, len(images)), rounds=3)
+    cost_model = CostModel.of(model, batch_size)
+    heads = [
+        head / cost_model.plain if step.runs_head else 0.0
+        for head, step in zip(cost_model.costs.heads, plan_exits(config, model.num_exits))
+    ]
+    return verdict_of_run(
+        measured.speedup,
+        100 * (scores["accuracy"] - scores["adaptive_accuracy"]),
+        [scores[f"exit_{index}_accuracy"] for index in exits],
+        [scores[f"exit_{index}_share"] for index in exits[:-1]],
+        [float(cost) / cost_model.plain_image for cost in cost_model.cumulative(config)[: model.num_exits - 1]],
+        heads[:-1],
+    )
+
+
+def images_to_time(rows: Any) -> torch.Tensor:
+    """Return the first images of a split as a batch, to measure on."""
+    return torch.stack([rows[index]["pixel_values"] for index in range(min(TIMED_IMAGES, len(rows)))])
 
 
 def draw(
@@ -165,10 +205,8 @@ def run_calibration(data: DataArguments, arguments: CalibrationArguments) -> dic
     facts: dict[str, Any] = read_json(written, "the figures of its run") if written.is_file() else {}
     arguments.seed = facts.get("seed", 0) if arguments.seed is None else arguments.seed
     splits = load_splits(data, arguments.seed, validate="validation" in facts.get("splits", {}))
-    search, test = (
-        collect_exit_logits(model, splits[name].with_transform(eval_transform(processor)), name)
-        for name in ("search", "test")
-    )
+    rows = {name: splits[name].with_transform(eval_transform(processor)) for name in ("search", "test")}
+    search, test = (collect_exit_logits(model, images, name) for name, images in rows.items())
     if arguments.measure:
         print(f"Measuring the exits in batches of {arguments.batch_size}", flush=True)
         costs = measure_costs(model.to(memory_format=torch.channels_last), arguments.batch_size)
@@ -179,9 +217,11 @@ def run_calibration(data: DataArguments, arguments: CalibrationArguments) -> dic
     settings = {name: getattr(arguments, name) for name in names}
     model.exit_config = calibrate(model, search, **settings, **target)
     scores = score(model, test)
-    rows = {row["name"]: row for row in facts.get("rows", [])}
-    plain_accuracy = rows.get("plain backbone", {}).get("accuracy")
+    known = {row["name"]: row for row in facts.get("rows", [])}
+    plain_accuracy = known.get("plain backbone", {}).get("accuracy")
     report = exit_report(model, scores, plain_accuracy=plain_accuracy)
+    verdict = judge(model, scores, images_to_time(rows["test"]), arguments.batch_size)
+    report["verdict"] = verdict.to_dict()
     facts = {
         "dataset": title(data.dataset_name),
         "seed": arguments.seed,
@@ -190,6 +230,7 @@ def run_calibration(data: DataArguments, arguments: CalibrationArguments) -> dic
         "splits": {name: len(split) for name, split in splits.items()},
     }
     _print_result(model, report, facts, scores["accuracy"] - scores["adaptive_accuracy"], len(test))
+    print(verdict)
     cost_model = CostModel.of(model, arguments.batch_size, macs="max_macs" in target)
     with replaced_folder(folder, keep=["*"]) as new:
         draw(model, search, test, cost_model, new)

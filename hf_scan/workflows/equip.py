@@ -275,9 +275,10 @@ class _Run:
         engine: Any = None if onnx else model.to(memory_format=torch.channels_last)
 
         def load() -> Any:
-            from ..runtime.engine import ORTScanForImageClassification
+            from ..runtime.onnx_runtime import ORTScanForImageClassification, threaded_options
 
-            return ORTScanForImageClassification.from_pretrained(folder)
+            options = threaded_options(torch.get_num_threads())
+            return ORTScanForImageClassification.from_pretrained(folder, session_options=options)
 
         def work() -> dict[str, Any]:
             if onnx:

@@ -83,11 +83,12 @@ def costs_of_parts(model: ScanForImageClassification, runtime: str = "macs", bat
     if runtime == "pytorch":
         measured = measure_costs(model.to(memory_format=torch.channels_last), batch_size)
         return PartCosts.of_times(measured, batch_size, "PyTorch")
-    from ..runtime.engine import ORTScanForImageClassification
+    from ..runtime.onnx_runtime import ORTScanForImageClassification, threaded_options
 
     with tempfile.TemporaryDirectory() as folder:
         model.export_onnx(Path(folder, "onnx"))
-        engine = ORTScanForImageClassification.from_pretrained(Path(folder, "onnx"))
+        options = threaded_options(torch.get_num_threads())
+        engine = ORTScanForImageClassification.from_pretrained(Path(folder, "onnx"), session_options=options)
         return PartCosts.of_times(measure_costs(engine, batch_size), batch_size, "ONNX Runtime")  # type: ignore[arg-type]
 
 

@@ -33,6 +33,7 @@ from ..training.output_dirs import last_whole_checkpoint, lock_output_folder, na
 from ..training.stage_features import StageFeatures, extract_stage_features
 from ..training.trainer import ScanTrainer
 from ..training.training_args import ScanTrainingArguments
+from .calibrate_run import images_to_time, judge
 from .data_arguments import DataArguments, augments, check_search_split, load_splits, metadata, prepare_images, title
 from .json_files import read_json
 from .model_arguments import ModelArguments, check_network, create_model, source_on_the_hub
@@ -104,6 +105,10 @@ def run_training(data: DataArguments, network: ModelArguments, args: ScanTrainin
         report = exit_report(model, scores, plain_accuracy=known)
         facts["recipe"]["distillation"] = distillation_summary(args)
         print("\n".join([exit_table(report), *speedup_lines(report)]))
+        if "adaptive_accuracy" in scores:  # or there were no images to find thresholds on
+            verdict = judge(model.eval(), scores, images_to_time(images["test"]))
+            report["verdict"] = verdict.to_dict()
+            print(verdict)
     _write(data, network, trainer, report, facts, table)
     if args.push_to_hub:
         print(f"Pushed to {trainer.push_to_hub().repo_url}")

@@ -137,4 +137,56 @@ def verdict_of_search(
     )
 
 
-__all__ = ["Verdict", "break_even", "verdict_of_costs", "verdict_of_search"]
+def verdict_of_run(
+    speedup: float,
+    lost: float,
+    accuracies: Sequence[float],
+    shares: Sequence[float],
+    costs: Sequence[float],
+    heads: Sequence[float],
+) -> Verdict:
+    """
+    Judge a trained network by its measured speed-up, and say which exit holds it back.
+
+    Args:
+        speedup (`float`): Measured, over the plain network.
+        lost (`float`): Points of accuracy lost against the deepest exit.
+        accuracies (`Sequence[float]`): Of each exit, the deepest last, in [0, 1].
+        shares (`Sequence[float]`): Of the images that leave at each early exit, in [0, 1].
+        costs (`Sequence[float]`): Of an answer at each early exit, as a share of the plain network's.
+        heads (`Sequence[float]`): Of each early exit's head, in that unit; 0 where the head does not run.
+
+    Example:
+
+    ```python
+    >>> from hf_scan.workflows.verdict import verdict_of_run
+
+    >>> verdict = verdict_of_run(0.97, 0.1, [0.5, 0.9], [0.02], [0.4], [0.05])
+    >>> verdict.answer, "its head costs 5.0% of the network" in verdict.reason
+    ('does not pay', True)
+    ```
+    """
+    figures = f"{speedup:.2f} times the speed of the plain network, {lost:.1f} points lost"
+    if speedup >= SOMETHING:
+        return Verdict("pays", f"{figures}.")
+    best = max(range(len(shares)), key=lambda index: accuracies[index])
+    gap = 100 * (accuracies[-1] - accuracies[best])
+    weak = f"The best, exit {best}, is {gap:.1f} points less accurate than the deepest."
+    if not any(heads):
+        return Verdict("does not pay", f"all exits are off, because none is accurate enough for the target. {weak}")
+    # Everyone that comes by pays the head, and those that leave save the rest of the network.
+    passing = [1 - sum(shares[:index]) for index in range(len(shares))]
+    gains = [shares[k] * (1 - costs[k]) - passing[k] * heads[k] for k in range(len(shares))]
+    running = [index for index, head in enumerate(heads) if head > 0]
+    worst = min(running, key=gains.__getitem__)
+    if gains[worst] < 0:
+        reason = (
+            f"Exit {worst} is too dear for what leaves there: its head costs {heads[worst]:.1%} of the network, and "
+            f"{shares[worst]:.0%} of the images leave."
+        )
+    else:
+        reason = f"{sum(shares):.0%} of the images leave early, because the exits are too weak. {weak}"
+    return Verdict("may pay" if speedup >= NOTHING else "does not pay", f"{figures}. {reason}")
+
+
+__all__ = ["Verdict", "break_even", "verdict_of_costs", "verdict_of_run", "verdict_of_search"]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.runtime import ExportedScan, ORTScanForImageClassification, OVScanForImageClassification
 
 from ..conftest import random_scan_model
 
@@ -17,11 +17,14 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def engine(exported) -> ORTScanForImageClassification:
-    return ORTScanForImageClassification.from_pretrained(exported)
+RUNTIMES = [ORTScanForImageClassification, OVScanForImageClassification]
 
 
-@pytest.fixture
-def int8(exported) -> ORTScanForImageClassification:
-    return ORTScanForImageClassification.from_pretrained(exported, subfolder="int8")
+@pytest.fixture(params=RUNTIMES, ids=["onnxruntime", "openvino"])
+def engine(request, exported) -> ExportedScan:
+    return request.param.from_pretrained(exported)
+
+
+@pytest.fixture(params=RUNTIMES, ids=["onnxruntime", "openvino"])
+def int8(request, exported) -> ExportedScan:
+    return request.param.from_pretrained(exported, subfolder="int8")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_scan.calibration import exact_frontier
 from hf_scan.workflows.placement import Problem, place_exits, placement_frontier
-from hf_scan.workflows.verdict import break_even, verdict_of_costs, verdict_of_search
+from hf_scan.workflows.verdict import break_even, verdict_of_costs, verdict_of_run, verdict_of_search
 
 
 def problem_of(accuracies, n=300, seed=0, heads=0.01, stages=None, noise=0.1) -> Problem:
@@ -94,6 +94,26 @@ def test_break_even_is_where_costs_are_equal():
         share = break_even(cost, head)
         assert share * cost + (1 - share) * (1 + head) == pytest.approx(1)
     assert break_even(1.2, 0.1) == float("inf")
+
+
+def test_verdict_of_a_run_names_the_exit_that_holds_it_back():
+    accuracies = [0.5, 0.7, 0.9]
+
+    def judged(speedup, shares, heads):
+        return verdict_of_run(speedup, 0.5, accuracies, shares, costs=[0.3, 0.6], heads=heads)
+
+    assert judged(1.4, [0.5, 0.2], [0.01, 0.01]).answer == "pays"
+    off = judged(1.0, [0.0, 0.0], [0.0, 0.0])
+    assert off.answer == "does not pay"
+    assert "all exits are off" in off.reason
+    assert "exit 1, is 20.0 points less accurate" in off.reason
+    # Exit 0 saves 0.1 * 0.7 for a head of 0.2; exit 1 saves 0.3 * 0.4 for 0.9 * 0.01.
+    dear = judged(0.9, [0.1, 0.3], [0.2, 0.01])
+    assert "Exit 0 is too dear" in dear.reason
+    assert "its head costs 20.0%" in dear.reason
+    weak = judged(1.03, [0.02, 0.02], [0.001, 0.001])
+    assert weak.answer == "may pay"
+    assert "4% of the images leave early" in weak.reason
 
 
 def test_verdicts_say_why():
