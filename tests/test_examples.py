@@ -23,6 +23,7 @@ from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
 from hf_scan.workflows.recipes import parse_arguments
+from hf_scan.workflows.verdict import Verdict
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -116,6 +117,7 @@ def test_train_then_resume(dataset_folder, tmp_path):
     metrics = check_output(tmp_path / "run")
     assert metrics["rows"][2]["accuracy"] > 0.6  # four classes: it has learnt
     assert "| exit 0 (layer1) |" in output
+    assert str(Verdict(**metrics["verdict"])) in output.splitlines()
     # Checkpoints outlive the exchange of the folder, and training goes on from the last.
     assert (tmp_path / "run" / "checkpoint-20").is_dir()
     again = flags(dataset_folder, tmp_path / "run", max_steps=30, resume_from_checkpoint="last")
@@ -335,6 +337,9 @@ def test_calibrate(dataset_folder, tmp_path):
     assert config.search["max_accuracy_drop"] == 10
     assert config.search["cost_unit"].startswith("milliseconds, measured in batches of 2")
     assert f"search, fingerprint: {config.search['fingerprint']}" in output
+    verdict = json.loads((folder / "metrics.json").read_text())["verdict"]
+    assert Verdict(**verdict).answer in ("pays", "may pay", "does not pay")
+    assert str(Verdict(**verdict)) in output.splitlines()
     assert (folder / "checkpoint-20").is_dir()
     for name in ("frontier.png", "exits.png", "reliability.png", "training.png"):
         assert PILImage.open(folder / name).width > 300
