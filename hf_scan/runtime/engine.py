@@ -283,7 +283,8 @@ class ExportedScan:
         plan = plan_steps(settings, self.num_exits, max_exit, every_head=max_time_ms is not None)
         if max_time_ms is not None and not max_time_ms > 0:
             raise ValueError(f"`max_time_ms` is {max_time_ms}; expected a number of milliseconds above 0, or None.")
-        if max_time_ms is None and len(plan) == self.num_exits and not any(step.runs for step in plan[:-1]):
+        nothing_leaves = plan[-1].limit is None and not any(step.runs for step in plan[:-1])
+        if nothing_leaves and len(plan) == self.num_exits and max_time_ms is None:
             answer = self._run_plain(images, settings)  # with all exits off it costs what the plain network costs
         elif len(images) == 1 and max_time_ms is None and self.manifest.holds(settings, plan):
             answer = self.run_nested(images, plan)

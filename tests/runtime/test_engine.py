@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoImageProcessor, pipeline
 
 import hf_scan
 from hf_scan import ExitConfig, ExitMonitor, apply_exit_rule, calibrate, measure_costs, realised_speedup
-from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.runtime import ORTScanForImageClassification, OVScanForImageClassification, threaded_options
 from hf_scan.runtime.manifest import Manifest
 from hf_scan.runtime.numpy_rule import plan_steps
 
@@ -77,6 +78,9 @@ def test_a_stage_runs_for_the_survivors_and_for_no_others(images, engine, policy
     batches = [images[start : start + batch_size].numpy() for start in range(0, len(images), batch_size)]
     exits = np.concatenate([engine.predict_adaptive(b, **policy).exit_index for b in batches if len(b) > 1])
     plan = plan_steps(engine._settings(None, dict(policy)), 3)
+    if plan[-1].limit is None and not any(step.runs for step in plan[:-1]):
+        assert not seen  # the plain graph ran
+        return
     for index, step in enumerate(plan):
         here = int((exits >= index).sum())
         assert seen["stage", index] == here
@@ -151,7 +155,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in REFUSED else found(name, *rest)
 sys.meta_path.insert(0, Bare())
 import numpy as np
-from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.runtime import ORTScanForImageClassification, OVScanForImageClassification, threaded_options
 engine = ORTScanForImageClassification.from_pretrained({str(exported)!r})
 images = np.load({str(tmp_path / "images.npy")!r})
 print(engine.predict_adaptive(images, thresholds=[0.5, 0.5, 0.5]).exit_index.tolist())
@@ -270,3 +274,51 @@ def test_families_answer_alike(tmp_path, backbone, config):
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=3e-4 * float(found.logits.abs().max()))
     one = engine.predict_adaptive(pixels[:1], thresholds=thresholds)
     assert one.exit_index.tolist() == expected.exit_index[:1].tolist()
+
+
+@pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
+def test_with_all_exits_off_the_plain_graph_answers(engine, images, fallback):
+    engine.run = None  # so that running a stage would fail
+    policy = {"thresholds": [None, None, None][: engine.num_exits - 1], "fallback": fallback}
+    every = engine.plain(images.numpy())
+    expected = apply_exit_rule([torch.from_numpy(every)] * engine.num_exits, ExitConfig(**policy))
+    for batch, rows in ((images.numpy(), slice(None)), (images.numpy()[3:4], slice(3, 4))):
+        answer = engine.predict_adaptive(batch, **policy)
+        assert answer.exit_index.tolist() == expected.exit_index[rows].tolist()
+        np.testing.assert_allclose(answer.logits, every[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_costs_name_the_threads_of_the_engine(exported):
+    engine = ORTScanForImageClassification.from_pretrained(exported, session_options=threaded_options(1))
+    other = OVScanForImageClassification.from_pretrained(exported, ov_config={"INFERENCE_NUM_THREADS": 1})
+    for one in (engine, other):
+        assert measure_costs(one, rounds=1).threads == one.threads == 1
+        with pytest.raises(ValueError, match="`threads` is 3, and the engine was loaded with 1"):
+            measure_costs(one, threads=3)
+
+
+def test_a_head_is_timed_between_two_passes(engine, images):
+    """A stage that runs twice in a row finds its caches warm the second time."""
+    ran = []
+    run = engine.run
+    engine.run = lambda index, state, head: ran.append((index, head)) or run(index, state, head)
+    seconds = engine.time_parts(images.numpy()[:2])
+    last = engine.num_exits
+    assert ran == [(index, head) for head in (False, True) for index in range(last)]
+    assert len(seconds) == 2 * last + 1
+    assert min(seconds) > 0
+
+
+def test_threads_that_share_an_engine_keep_their_answers(engine, images):
+    """The memory of one request, or of its last answer, is not another's."""
+    pixels = images.numpy()
+    expected = [engine.plain(image[None]) for image in pixels]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda image: engine.plain(image[None]), pixels))
+            assert all((one == other).all() for one, other in zip(found, expected))
+
+
+def test_openvino_refuses_a_device_that_is_not_there(exported):
+    with pytest.raises(ValueError, match="`device` is 'TPU', which OpenVINO does not find"):
+        OVScanForImageClassification.from_pretrained(exported, device="TPU")
