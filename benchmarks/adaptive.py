@@ -229,6 +229,8 @@ def load_splits(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, int
         splits = quickstart.load_splits()
     else:
         columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+        if (holdout := getattr(arguments, "holdout", None)) is not None:
+            columns["holdout"] = holdout
         data = data_arguments.DataArguments(dataset_name=arguments.dataset_name, **columns)
         splits = data_arguments.load_splits(data, facts["seed"], validate="validation" in facts["splits"])
     found, expected = ({name: sizes[name] for name in SPLITS} for sizes in (splits.num_rows, facts["splits"]))
