@@ -2,6 +2,7 @@
 """Describe a network: [`ScanConfig`]."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, Literal
@@ -42,7 +43,10 @@ PREPROCESSING_NAMES = {  # in `timm.data`
 # Size limits for untrusted configurations.
 LARGEST = {"num_labels": 1_000_000, "head_width": 4_096, "num_channels": 4_096, "image_size": 16_384}
 LARGEST_ARGUMENT = 65_536
+MOST_EXITS = 256
 DEEPEST = 2_048  # blocks, in all stages together
+
+MODULE_NAME = re.compile(r"[\w-]{1,100}(\.[\w-]{1,100}){0,20}")
 
 # Arguments that other fields of the configuration set, or that a network which runs stage by stage cannot use.
 OWN_BACKBONE_ARGUMENTS = {
@@ -119,6 +123,17 @@ def _check_labels(values: dict[str, Any]) -> None:
         isinstance(indices, dict) and all(isinstance(index, (int, str)) for index in indices.values())
     ):
         raise ValueError("`label2id` is not a dictionary from the name of each label to its index. Correct it.")
+
+
+def _check_exit_points(exit_points: list[int | str] | None) -> None:
+    if exit_points is not None and len(exit_points) > MOST_EXITS:
+        raise ValueError(f"`exit_points` has {len(exit_points)} entries; expected at most {MOST_EXITS}.")
+    for point in exit_points or []:
+        if isinstance(point, str) and not MODULE_NAME.fullmatch(point):
+            shown = repr(point)[:100]
+            raise ValueError(
+                f"`exit_points` holds {shown}; expected indices of taps, and names of modules such as 'layer3.2'."
+            )
 
 
 def _check_backbone(name: str) -> None:
@@ -199,10 +214,12 @@ class ScanConfig(PreTrainedConfig):
         backbone_kwargs (`dict[str, Any]`, *optional*, defaults to `{}`):
             Further architecture arguments for `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`.
         exit_points (`list[int | str]`, *optional*):
-            Where the early exits are, from shallow to deep: indices into the backbone's `feature_info`, or module
-            names that stand there. The deepest exit is the backbone's own classifier and is not listed. Defaults to
-            every tap but the last, without those whose map is more than 8 times finer than the last one's; on a
-            network whose maps are all of one size, to a quarter, half and three quarters of the depth.
+            Where the early exits are, from shallow to deep: indices into the backbone's `feature_info`, or names of
+            modules. Besides those that stand there, it may be any module that the forward pass runs once on the way
+            and whose output is a map or a grid of tokens, such as `"layer3.2"` or `"blocks.4.1"`. The deepest exit is
+            the backbone's own classifier and is not listed. Defaults to every tap but the last, without those whose
+            map is more than 8 times finer than the last one's; on a network whose maps are all of one size, to a
+            quarter, half and three quarters of the depth.
         attention_type (`str`, *optional*, defaults to `"separable"`):
             Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap: a mask at half the
             resolution, enlarged bilinearly), `"nearest"` (the same, enlarged by repeating values, which ONNX Runtime
@@ -273,6 +290,7 @@ class ScanConfig(PreTrainedConfig):
         _check_dtype(values)
         _check_labels(values)
         super().__post_init__(**kwargs)
+        _check_exit_points(self.exit_points)
         _check_backbone(self.backbone)
         _check_backbone_kwargs(self.backbone_kwargs)
         _check_preprocessing(self.preprocessing or {})

@@ -137,7 +137,7 @@ class ScanForImageClassification(
 
         config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
         config.preprocessing = timm_preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
-        stages = cut_into_stages(self.backbone, config.exit_points)
+        stages = self.cut(self.backbone)
         deepest = stages[-1]
         feature_size = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         strides = [max(1, deepest.reduction // stage.reduction) for stage in stages[:-1]]
@@ -176,11 +176,17 @@ class ScanForImageClassification(
         self.all_modules = None
         # Functions of the backbone, which no pickle holds.
         if not self.config.truncated:
-            self.stages = cut_into_stages(self.backbone, self.config.exit_points)
+            self.stages = self.cut(self.backbone)
             return
         with torch.device("meta"):
             whole = create_backbone(self.config)
-        self.stages = self.truncate_in_place(cut_into_stages(whole, self.config.exit_points))
+        self.stages = self.truncate_in_place(self.cut(whole))
+
+    def cut(self, backbone: nn.Module) -> list[Stage]:
+        """Cut a backbone, which is this network's before any part is removed, at the exit points."""
+        size = self.config.image_size
+        assert size is not None  # the network filled it in
+        return cut_into_stages(backbone, self.config.exit_points, (self.config.num_channels, size, size))
 
     def weights_used(self, stages: list[Stage]) -> float:
         """Return the number of multiplications by weights for one pixel of the deepest map, in convolutions."""

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .exit_config import ExitConfig
-from .stages import Stage, cut_into_stages, keep_parts
+from .stages import Stage, keep_parts
 
 
 Network = TypeVar("Network", bound="TruncationMixin")
@@ -16,6 +16,10 @@ Network = TypeVar("Network", bound="TruncationMixin")
 
 class TruncationMixin(PreTrainedModel):
     """A mixin that cuts a [`ScanForImageClassification`] at one of its exits."""
+
+    def cut(self, backbone: nn.Module) -> list[Stage]:
+        """Cut a backbone at the exit points."""
+        raise NotImplementedError
 
     def truncate_in_place(self, stages: list[Stage]) -> list[Stage]:
         """Remove what the first stage does not use from the backbone, and return that stage alone."""
@@ -68,7 +72,7 @@ class TruncationMixin(PreTrainedModel):
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
         small.stage_layers = small.stage_layers[:1]
-        small.stages = small.truncate_in_place(cut_into_stages(small.backbone, small.config.exit_points))
+        small.stages = small.truncate_in_place(small.cut(small.backbone))
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         small.train(self.training)  # modules that stand for the removed ones start in training mode
         return small

@@ -2,7 +2,7 @@
 """Whether exits could pay on a network, before anything is trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from ..model.configuration_scan import ScanConfig
 from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.report import markdown_table
-from .candidates import with_candidates
+from .candidates import candidates_of, left_out, with_candidates
 from .part_costs import costs_of_parts
 from .verdict import Verdict, break_even, verdict_of_costs
 
@@ -28,6 +28,8 @@ class Advice:
         bound (`float`): The speed-up that no thresholds exceed.
         unit (`str`): What costs were counted or measured in.
         verdict ([`~hf_scan.workflows.verdict.Verdict`]): Whether exits may pay.
+        dropped (`dict[str, str]`, *optional*): Modules after which no exit could stand, or none is worth a look, with
+            the reason.
     """
 
     network: str
@@ -35,10 +37,11 @@ class Advice:
     bound: float
     unit: str
     verdict: Verdict
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        names = ("network", "rows", "bound", "unit")
+        names = ("network", "rows", "bound", "unit", "dropped")
         return {**{name: getattr(self, name) for name in names}, "verdict": self.verdict.to_dict()}
 
     def __str__(self) -> str:
@@ -56,6 +59,7 @@ class Advice:
         return "\n".join(
             [
                 markdown_table([head, *lines]),
+                *left_out(self.dropped),
                 f"Costs as shares of the plain network's: {self.unit}. `break even`: the share of images that must "
                 "leave there for the exit to pay.",
                 str(self.verdict),
@@ -126,7 +130,8 @@ def advise(
     names = [row["name"] for row in rows]
     verdict = verdict_of_costs(names, [row["cost"] for row in rows], [row["head"] for row in rows])
     bound = max(row["bound"] for row in rows)
-    return Advice(model.config.backbone, rows, bound, costs.unit, verdict)
+    dropped = candidates_of(model).dropped if points is None else {}
+    return Advice(model.config.backbone, rows, bound, costs.unit, verdict, dropped)
 
 
 __all__ = ["Advice", "advise"]

@@ -2,15 +2,17 @@
 """Where a network could have exits: after every block, with heads of the size that a few exits would have."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
 from ..model.configuration_scan import ScanConfig
 from ..model.exit_heads import head_widths
+from ..model.exit_places import find_places
 from ..model.modeling_scan import ScanForImageClassification
-from ..model.stages import Stage, cut_into_stages
 
 
 # Heads that measured best for their cost: they work at a width that a tenth of the backbone's MACs pays for, and
@@ -22,97 +24,93 @@ MOST_CANDIDATES = 16
 FINEST = 8
 
 
-def candidate_exit_points(backbone: Any) -> list[str]:
+@dataclass(frozen=True)
+class Candidates:
     """
-    Return the modules of a timm model after which an exit could stand, from shallow to deep: the taps of its
-    `feature_info`, and the blocks between them that its forward pass runs once, one after another.
+    Places that are tried for exits.
+
+    Args:
+        names (`list[str]`): Modules, from shallow to deep.
+        dropped (`dict[str, str]`): Modules that are not tried, with the reason, as the end of a sentence.
+    """
+
+    names: list[str]
+    dropped: dict[str, str]
+
+
+def left_out(dropped: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each reason for which modules are no candidates."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"No candidate: {', '.join(_shortened(names))}, {reason}." for reason, names in reasons.items()]
+
+
+def find_candidates(backbone: Any, image_shape: tuple[int, int, int] | None = None) -> Candidates:
+    """
+    Find the modules of a timm model after which an exit could stand: the taps of its `feature_info`, and the blocks
+    between them that its forward pass runs once, one after another.
 
     Args:
         backbone (`torch.nn.Module`): A model of timm, on any device.
+        image_shape (`tuple[int, int, int]`, *optional*): Channels, height and width of the images. Defaults to those
+            that it was made for.
 
     Returns:
-        `list[str]`: at most [`MOST_CANDIDATES`] names.
+        [`Candidates`]: at most [`MOST_CANDIDATES`] of them.
 
     Raises:
-        `ValueError`: if the model cannot be cut into stages at all.
+        `ValueError`: if the model cannot be cut into stages at all, or has no place for an exit.
 
     Example:
 
     ```python
     >>> import timm
-    >>> from hf_scan.workflows.candidates import candidate_exit_points
+    >>> from hf_scan.workflows.candidates import find_candidates
 
-    >>> "layer2" in candidate_exit_points(timm.create_model("cifar_resnet20"))
-    True
+    >>> found = find_candidates(timm.create_model("cifar_resnet20"))
+    >>> found.names
+    ['layer1.0', 'layer1.1', 'layer1', 'layer2.0', 'layer2.1', 'layer2', 'layer3.0', 'layer3.1']
+    >>> found.dropped["layer2.2"]
+    "which ends where 'layer2' does"
     ```
     """
-    last = cut_into_stages(backbone)[-1]
-    taps = [tap["module"] for tap in backbone.feature_info]
-    names: list[str] = []
-    for name in _blocks(backbone, taps):
-        if name == last.name:
-            break
-        # Together with those before: two names of one place, as of a stage and its last block, are refused; the
-        # stage's stays.
-        for before in (names, names[:-1])[: 2 if name in taps else 1]:
-            stages = _cut(backbone, [*before, name])
-            if (
-                stages is not None
-                and stages[-2].reduction * FINEST >= last.reduction
-                and _holds_weights(backbone, stages)
-            ):
-                names = [*before, name]
-                break
+    found = find_places(backbone, image_shape)
+    dropped = dict(found.dropped)
+    names = []
+    for place in found.places:
+        if place.reduction * FINEST >= found.last_reduction:
+            names.append(place.name)
+        else:
+            dropped[place.name] = f"whose map is more than {FINEST} times finer than the last one"
     if not names:
         raise ValueError(
             f"{type(backbone).__name__} has no place for an early exit: every tap of its `feature_info` is more than "
             f"{FINEST} times finer than the last one. Name `exit_points` of your own."
         )
-    return _thinned(names, MOST_CANDIDATES)
+    kept = _thinned(names, MOST_CANDIDATES)
+    dropped |= dict.fromkeys(
+        [name for name in names if name not in kept], f"since {MOST_CANDIDATES} are tried, evenly over the depth"
+    )
+    return Candidates(kept, dropped)
 
 
-def _blocks(backbone: nn.Module, taps: list[str]) -> list[str]:
-    """Return the taps, and inside and between them the outermost modules that stand in a list, in their order."""
-    modules = dict(backbone.named_modules())
-    found: list[str] = []
-
-    def visit(prefix: str, parent: nn.Module) -> None:
-        for short, module in parent.named_children():
-            name = f"{prefix}{short}"
-            listed = isinstance(parent, (nn.Sequential, nn.ModuleList)) and any(True for _ in module.children())
-            around_tap = any(tap.startswith(f"{name}.") for tap in taps)
-            if name in taps or around_tap or isinstance(module, (nn.Sequential, nn.ModuleList)):
-                visit(f"{name}.", module)
-                if name in taps:
-                    found.append(name)
-            elif listed or (parent is modules.get(prefix[:-1]) and prefix[:-1] in taps):
-                found.append(name)
-            elif any(isinstance(child, (nn.Sequential, nn.ModuleList)) for child in module.children()):
-                visit(f"{name}.", module)
-
-    visit("", backbone)
-    return found
-
-
-def _cut(backbone: Any, names: list[str]) -> list[Stage] | None:
-    """Return the stages, or `None` where the network cannot be cut: in a branch, without a map, twice at a place."""
-    try:
-        return cut_into_stages(backbone, list(names))
-    except (ValueError, RuntimeError):
-        return None
-
-
-def _holds_weights(backbone: nn.Module, stages: list[Stage]) -> bool:
-    """Return whether anything is left behind the last exit that costs something."""
-    left = tuple(f"{part}." for part in stages[-1].parts)
-    return any(f"{name}.".startswith(left) for name, _ in backbone.named_parameters())
+def candidates_of(model: ScanForImageClassification) -> Candidates:
+    """Find the candidates of a network, as [`find_candidates`] does."""
+    config = model.config
+    assert config.image_size is not None  # the network filled it in
+    return find_candidates(model.backbone, (config.num_channels, config.image_size, config.image_size))
 
 
 def _thinned(names: list[str], most: int) -> list[str]:
     if len(names) <= most:
         return names
-    places = torch.linspace(0, len(names) - 1, most).round().int().tolist()
+    places = np.linspace(0, len(names) - 1, most).round().astype(int)
     return [names[place] for place in places]
+
+
+def _shortened(names: list[str], most: int = 6) -> list[str]:
+    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
 
 def with_candidates(config: ScanConfig, max_exits: int, exit_points: list[str] | None = None) -> ScanConfig:
@@ -122,14 +120,12 @@ def with_candidates(config: ScanConfig, max_exits: int, exit_points: list[str] |
     Args:
         config ([`ScanConfig`]): Of the network; its exits and heads are replaced.
         max_exits (`int`): How many exits the network will have in the end.
-        exit_points (`list[str]`, *optional*): The candidates. Defaults to [`candidate_exit_points`].
+        exit_points (`list[str]`, *optional*): The candidates. Defaults to those of [`find_candidates`].
     """
     wanted = _changed(config, **HEADS, head_width=None, exit_points=exit_points)
     with torch.device("meta"):
         if exit_points is None:
-            wanted.exit_points = list(
-                candidate_exit_points(ScanForImageClassification(copy.deepcopy(wanted)).backbone)
-            )
+            wanted.exit_points = list(candidates_of(ScanForImageClassification(copy.deepcopy(wanted))).names)
         wide = ScanForImageClassification(copy.deepcopy(wanted))
     deepest, macs = wide.stages[-1], wide.weights_used(wide.stages)
     feature_size = getattr(wide.backbone, "head_hidden_size", wide.backbone.num_features)
@@ -171,4 +167,13 @@ def keep_exits(model: ScanForImageClassification, exit_points: list[str]) -> Sca
     return small.train(model.training)
 
 
-__all__ = ["HEADS", "candidate_exit_points", "keep_exits", "with_candidates", "with_exits"]
+__all__ = [
+    "HEADS",
+    "Candidates",
+    "candidates_of",
+    "find_candidates",
+    "keep_exits",
+    "left_out",
+    "with_candidates",
+    "with_exits",
+]

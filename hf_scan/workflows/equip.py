@@ -29,6 +29,7 @@ from ..reporting.report import exit_report, exit_table, speedup_lines
 from ..training.output_dirs import lock_output_folder, replaced_folder
 from ..training.trainer import collate_rows
 from .calibrate_run import score
+from .candidates import candidates_of
 from .data_arguments import DataArguments, check_search_split, load_splits, metadata, title
 from .equip_arguments import EquipArguments, Equipped
 from .linear_probe import fit_classifier
@@ -209,7 +210,8 @@ class _Run:
         found = self.steps.run("search", what, settings, work)
         wide = ScanForImageClassification.from_pretrained(folder / "model").eval()
         table, costs = ExitTable.load(folder / "table.safetensors"), PartCosts.from_dict(found["costs"])
-        search = choose_exits(wide, table, costs, arguments.max_exits, arguments.max_accuracy_drop)
+        dropped = candidates_of(self.plain).dropped if arguments.exit_points is None else {}
+        search = choose_exits(wide, table, costs, arguments.max_exits, arguments.max_accuracy_drop, dropped)
         print(search, flush=True)
         return search
 

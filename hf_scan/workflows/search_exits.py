@@ -4,7 +4,7 @@
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..reporting.report import markdown_table
 from ..training.output_dirs import last_whole_checkpoint
 from ..training.trainer import ScanTrainer
 from ..training.training_args import ScanTrainingArguments
-from .candidates import keep_exits, with_candidates, with_exits
+from .candidates import candidates_of, keep_exits, left_out, with_candidates, with_exits
 from .part_costs import PartCosts, costs_of_parts
 from .placement import Problem, place_exits
 from .recipes import HEADS_RECIPE
@@ -52,6 +52,7 @@ class ExitSearch:
         verdict ([`~hf_scan.workflows.verdict.Verdict`]): Whether exits pay.
         model ([`ScanForImageClassification`]): The network with all candidates, whose heads have been trained.
         table ([`~hf_scan.calibration.ExitTable`]): What all candidates answer on the search images.
+        dropped (`dict[str, str]`, *optional*): Modules that were not tried, with the reason.
     """
 
     config: ScanConfig
@@ -64,6 +65,7 @@ class ExitSearch:
     verdict: Verdict
     model: ScanForImageClassification
     table: ExitTable
+    dropped: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_points(self) -> list[str]:
@@ -87,7 +89,7 @@ class ExitSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        names = ("rows", "deepest", "speedup", "drop", "oracle", "unit")
+        names = ("rows", "deepest", "speedup", "drop", "oracle", "unit", "dropped")
         return {
             **{name: getattr(self, name) for name in names},
             "exit_points": self.exit_points,
@@ -112,6 +114,7 @@ class ExitSearch:
         return "\n".join(
             [
                 markdown_table([head, *lines]),
+                *left_out(self.dropped),
                 f"On {len(self.table)} images; costs as shares of the plain network's: {self.unit}.",
                 f"Expected on other images with the chosen exits: {self.speedup:.2f}x at {self.drop:+.2f} points of "
                 f"drop; an oracle would reach {self.oracle:.2f}x.",
@@ -148,7 +151,7 @@ def search_exits(
         max_exits (`int`, *optional*, defaults to 4): The most early exits that are chosen.
         max_accuracy_drop (`float`, *optional*, defaults to 0.5): Points that may be lost against the plain network.
         exit_points (`Sequence[str]`, *optional*): The candidates. Defaults to every block
-            ([`~hf_scan.workflows.candidates.candidate_exit_points`]).
+            ([`~hf_scan.workflows.candidates.find_candidates`]).
         holdout (`float`, *optional*, defaults to 0.2): Share of a single split that is held out.
         num_epochs (`float`, *optional*, defaults to 4): Epochs that heads are trained.
         batch_size (`int`, *optional*, defaults to 64): Images of a training step.
@@ -196,14 +199,20 @@ def search_exits(
     table = collect_exit_logits(wide, splits["search"], "search")
     if isinstance(costs, str):
         costs = costs_of_parts(wide, costs)
-    found = choose_exits(wide, table, costs, max_exits, max_accuracy_drop)
+    dropped = candidates_of(model).dropped if exit_points is None else {}
+    found = choose_exits(wide, table, costs, max_exits, max_accuracy_drop, dropped)
     if output_dir is not None:
         write_whole(Path(output_dir, "search.json"), json.dumps(found.to_dict(), indent=2) + "\n")
     return found
 
 
 def choose_exits(
-    model: ScanForImageClassification, table: ExitTable, costs: PartCosts, max_exits: int, max_accuracy_drop: float
+    model: ScanForImageClassification,
+    table: ExitTable,
+    costs: PartCosts,
+    max_exits: int,
+    max_accuracy_drop: float,
+    dropped: Mapping[str, str] | None = None,
 ) -> ExitSearch:
     """
     Choose among the exits of a network by what they answer and cost: the last step of [`search_exits`].
@@ -213,6 +222,7 @@ def choose_exits(
         table ([`~hf_scan.calibration.ExitTable`]): What they answer on held-out images.
         costs ([`~hf_scan.workflows.part_costs.PartCosts`]): Of stages and heads.
         max_exits, max_accuracy_drop: As for [`search_exits`].
+        dropped (`Mapping[str, str]`, *optional*): Modules that were not tried, with the reason, for the table.
     """
     problem = Problem.of(table, costs.shares)
     placement = place_exits(problem, max_exits, max_accuracy_drop)
@@ -251,6 +261,7 @@ def choose_exits(
         verdict=verdict,
         model=model,
         table=table,
+        dropped=dict(dropped or {}),
     )
 
 

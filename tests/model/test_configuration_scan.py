@@ -84,3 +84,9 @@ def test_regression_is_refused():
         ScanConfig(backbone="cifar_resnet20", problem_type="regression")
     assert ScanConfig(backbone="cifar_resnet20", problem_type="multi_label_classification").problem_type
     assert ScanConfig(backbone="cifar_resnet20", problem_type="single_label_classification").problem_type
+
+
+@pytest.mark.parametrize("points", [["layer1 "], ["a.b; import os"], ["a..b"], [""], ["x" * 5000], [0] * 300])
+def test_exit_points_are_names_and_indices(points):
+    with pytest.raises(ValueError, match=r"`exit_points` h.* expected (indices|at most 256)"):
+        ScanConfig(exit_points=points)

@@ -251,10 +251,15 @@ def test_weights_are_those_of_the_moment():
         (["layer9"], r"holds 'layer9', which does not exist\. .*'layer1'"),
         ([7], "holds 7, which does not exist"),
         ([-1], "holds -1, which does not exist"),
-        (["layer4"], "holds 'layer4', which does not exist"),  # the backbone's own classifier stands there
+        (["layer4"], "holds 'layer4', where the backbone's own classifier stands"),
         (["layer3", "layer1"], "not in order"),
-        ([1, 1], "not in order"),
-        ([], "not in order or is empty"),
+        (["layer3.0", "layer2.0"], r"does not run \['layer3.0', 'layer2.0'\] in this order"),
+        ([1, 1], "names a place twice"),
+        ([], "names a place twice or none"),
+        ([""], "holds '', which does not exist"),
+        (["layer4.0.conv1"], r"holds 'layer4.0.conv1', which stands in a branch"),
+        (["layer2.0.downsample"], r"holds 'layer2.0.downsample', which stands in a branch"),
+        (["fc"], "holds 'fc', which ResNet runs 0 times on the way to its final feature; expected once"),
     ],
 )
 def test_bad_exit_points(exit_points, message):
@@ -265,3 +270,90 @@ def test_bad_exit_points(exit_points, message):
 def test_a_model_without_taps_is_refused():
     with pytest.raises(ValueError, match=r"Linear gives 0 `feature_info` taps; .* needs two or more"):
         cut_into_stages(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "exit_points"),
+    [
+        ("test_resnet", ["layer1", "layer3.0"]),
+        ("cifar_resnet20", ["layer1.1", "layer1", 1, "layer3.1"]),
+        ("test_vit", ["blocks.0", "blocks.3"]),
+        ("mobilenetv3_small_050", ["blocks.2.1", "blocks.4.1"]),
+        ("swin_tiny_patch4_window7_224", ["layers.1.blocks.0", "layers.2.blocks.3"]),
+        ("legacy_xception", ["block5", "block9"]),
+        ("levit_128s", ["stages.1.blocks.0", "stages.2.downsample"]),
+    ],
+)
+def test_exits_stand_after_any_block(name, exit_points):
+    """Maps and grids of tokens, in stages that have an exit at their end too."""
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=10).eval()
+    images = torch.randn(2, *backbone.pretrained_cfg["input_size"])
+    stages, hooked = cut_into_stages(backbone, exit_points), {}
+    for stage in stages[:-1]:
+        module = backbone.get_submodule(stage.name)
+        module.register_forward_hook(lambda module, args, output, name=stage.name: hooked.update({name: output}))
+    with torch.no_grad():
+        plain = backbone(images)
+        for stage, state in run(stages, backbone, images):
+            if stage is not stages[-1]:
+                assert torch.equal(state.values[0], hooked[stage.name])
+                feature = stage.feature(state)
+                assert feature.shape[1] == stage.channels
+                assert feature.shape[2] == pytest.approx(images.shape[2] / stage.reduction, rel=0.1, abs=1)
+        assert torch.equal(backbone.forward_head(state.values[0]), plain)
+
+
+def test_finding_places_keeps_no_trace_of_it():
+    """A transformer keeps position biases that it looked up: those of a trial are no numbers."""
+    backbone = timm.create_model("levit_128s", num_classes=10).eval()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    cut_into_stages(backbone, ["stages.1.blocks.0"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert torch.isfinite(backbone(torch.randn(1, 3, 224, 224))).all()
+
+
+class _Odd(_Net):
+    """Runs a module twice, one beside another, and returns what is no map."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.looped, self.beside, self.vector = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten()
+        self.before, self.overwriting = nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+        self.constant = nn.Linear(4, 4)
+        self.weights = nn.Parameter(torch.zeros(4))
+
+    def forward_features(self, image):
+        x = self.first(image)
+        for _ in range(2):
+            x = self.looped(x)
+        x = x + self.beside(x)
+        x = self.overwriting(self.before(x))
+        x = self.vector(x).reshape(-1, 4, 8, 8) + self.constant(self.weights)[:, None, None]
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("point", "reason"),
+    [
+        ("looped", "which _Odd runs 2 times on the way to its final feature; expected once"),
+        ("beside", "which stands in a branch"),
+        ("vector", r"which returns \[\(2, 256\)\] for 2 images of \(3, 8, 8\), and no map"),
+        ("before", "whose output is overwritten in place"),
+        ("constant", "which does not depend on the images"),
+        ("between", "which does not exist"),
+    ],
+)
+def test_modules_after_which_there_is_no_exit(point, reason):
+    with pytest.raises(ValueError, match=f"`exit_points` holds '{point}', {reason}.* _Odd can exit after"):
+        cut_into_stages(_Odd(), [point])
+
+
+def test_two_exits_at_one_place_are_refused():
+    with pytest.raises(ValueError, match=r"'layer3.0' and 'layer3', which end at the same place\. Keep one"):
+        cut_into_stages(timm.create_model("test_resnet"), ["layer3.0", "layer3"])
+
+
+def test_an_image_that_the_network_does_not_take_is_named():
+    with pytest.raises(ValueError, match=r"LevitDistilled does not run on an image of \(3, 64, 64\).*image_size"):
+        cut_into_stages(timm.create_model("levit_128s"), ["stages.1.blocks.0"], (3, 64, 64))

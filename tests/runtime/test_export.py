@@ -115,6 +115,14 @@ def test_a_checkpoint_of_pytorch_is_exported_when_it_is_loaded(tmp_path, model, 
     assert not folder.exists()  # what was exported for the engine alone goes with it
 
 
+def test_exits_inside_of_stages(tmp_path):
+    """The export compares itself with PyTorch, stage by stage."""
+    model = random_scan_model(exit_points=["layer2.1", "layer3.0"])
+    model.export_onnx(tmp_path / "onnx")
+    engine = ORTScanForImageClassification.from_pretrained(tmp_path / "onnx")
+    assert engine.num_exits == 3
+
+
 def test_arguments_that_mean_nothing_are_refused(exported):
     with pytest.raises(TypeError, match=r"'include_preprocessing'.*export=True"):
         ORTScanForImageClassification.from_pretrained(exported, include_preprocessing=True)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_scan import ScanConfig, ScanForImageClassification, advise, search_exits
 from hf_scan.costs import ExitCosts, count_macs
-from hf_scan.workflows.candidates import candidate_exit_points, keep_exits, with_candidates
+from hf_scan.workflows.candidates import find_candidates, keep_exits, with_candidates
 from hf_scan.workflows.part_costs import PartCosts, costs_of_parts
 from hf_scan.workflows.search_exits import choose_exits
 from hf_scan.workflows.verdict import break_even
@@ -35,15 +35,27 @@ def found(rows):
 
 def test_candidates_are_places_where_the_network_can_be_cut():
     for name in ("cifar_resnet20", "resnet18", "test_convnext", "test_vit", "test_efficientnet"):
-        backbone = timm.create_model(name)
-        points = candidate_exit_points(backbone)
-        taps = [tap["module"] for tap in backbone.feature_info]
-        assert len(points) == len(set(points)) >= 1
-        assert set(points) & set(taps)
-        assert taps[-1] not in points
         with torch.device("meta"):
+            backbone = timm.create_model(name)
+            points = find_candidates(backbone).names
             model = ScanForImageClassification(ScanConfig(backbone=name, exit_points=points, num_labels=2))
+        assert len(points) == len(set(points)) >= 1
+        assert backbone.feature_info[-1]["module"] not in points
         assert model.num_exits == len(points) + 1
+
+
+def test_every_block_is_a_candidate_or_is_named_with_the_reason():
+    with torch.device("meta"):
+        found = find_candidates(timm.create_model("resnet50"))
+        cait = find_candidates(timm.create_model("cait_xxs24_224"))
+    blocks = {f"layer{stage}.{block}" for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(count)}
+    assert blocks <= {*found.names, *found.dropped}
+    assert found.names[-2:] == ["layer4.0", "layer4.1"]
+    assert found.dropped["layer3.5"] == "which ends where 'layer3' does"
+    assert found.dropped["act1"] == "whose map is more than 8 times finer than the last one"
+    assert found.dropped["layer4.2"] == "behind which only the backbone's own classifier stands"
+    assert len(cait.names) == 16
+    assert sum(reason == "since 16 are tried, evenly over the depth" for reason in cait.dropped.values()) == 7
 
 
 def test_heads_are_as_wide_as_if_there_were_few():
