@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-transformers test-lower lint style docs clean
+.PHONY: help quickstart test test-transformers test-lower wheel lint style docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,11 +13,17 @@ export HF_HUB_OFFLINE ?= 1
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 16
 
+# Where PyTorch comes from, if not from the registry of all other packages: the build without CUDA, which is a tenth of
+# the size, with `make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu`.
+TORCH_INDEX ?=
+
 # Made again when the dependencies change.
 $(STAMP): pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@echo "Setting up $(VENV), once: PyTorch, Transformers and what checks a change. This takes minutes."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@test -z "$(TORCH_INDEX)" || $(VENV)/bin/python -m pip install torch torchvision --index-url $(TORCH_INDEX)
+	$(VENV)/bin/python -m pip install --editable '.[dev]'
+	@touch $@
 
 quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, save and load: about 3 minutes
 	$(VENV)/bin/python examples/quickstart.py
@@ -32,11 +38,18 @@ test-transformers: $(STAMP) ## Run Transformers' own tests of models and configu
 
 $(VENV)-lower/.installed: pyproject.toml tests/lower_bounds.txt
 	test -x $(VENV)-lower/bin/python || $(PYTHON) -m venv $(VENV)-lower
+	@test -z "$(TORCH_INDEX)" || $(VENV)-lower/bin/python -m pip install --constraint tests/lower_bounds.txt \
+		torch torchvision --index-url $(TORCH_INDEX)
 	$(VENV)-lower/bin/python -m pip install --quiet --constraint tests/lower_bounds.txt --editable '.[test]'
 	touch $@
 
 test-lower: $(VENV)-lower/.installed ## Run the tests with the oldest versions that are supported
 	$(VENV)-lower/bin/python -m pytest $(PARALLEL)
+
+wheel: $(STAMP)  ## Build the wheel into dist/, and try one without the extras
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m pytest -m slow tests/test_wheel.py
 
 lint: $(STAMP)   ## Check style and types
 	$(VENV)/bin/ruff check .
@@ -52,4 +65,4 @@ docs: $(STAMP)   ## Build the documentation into build/site, strictly and withou
 	$(VENV)/bin/zensical build --clean --strict
 
 clean:           ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-lower .transformers-tests build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lower build dist .transformers-tests runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

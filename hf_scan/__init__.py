@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .workflows.equip_arguments import Equipped
     from .workflows.search_exits import ExitSearch, search_exits
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # `hf_scan.runtime` answers where neither is installed, and the command line shows its help without them.
 _COMMAND_LINE = bool(sys.argv) and Path(sys.argv[0]).stem == "hf-scan"

@@ -1,5 +1,6 @@
 import ast
 import graphlib
+import os
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import hf_scan
+from hf_scan.extras import EXTRAS
 
 
 PACKAGE = Path(hf_scan.__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a checkpoint with code may rely on.
 BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors", "PIL", "httpx"}
@@ -26,6 +29,7 @@ ROOMS = {
     "metrics": {"model"},
     "reporting": {"model", "data", "costs", "runtime", "calibration"},
     "training": {"model", "data", "costs", "runtime", "calibration", "metrics", "reporting"},
+    "demo": {"model", "data", "costs", "runtime", "calibration", "reporting"},
     "workflows": {"model", "data", "costs", "runtime", "calibration", "metrics", "reporting", "training"},
 }
 
@@ -58,6 +62,7 @@ def test_imports_run_downwards(path):
     if room is None:  # the top may import everything
         return
     above = {name for name in imported_modules(path, ast.parse(path.read_text())) if room_of(name) != room}
+    above -= {"hf_scan.extras"}  # which every room may import but `model/`, of which another test tells
     assert {room_of(name) for name in above} <= ROOMS[room], f"{path} imports {sorted(above)}"
 
 
@@ -118,6 +123,76 @@ def test_answering_does_not_wait_for_what_trains():
     assert done.stdout.strip() == "[]"
 
 
+# What works without any extra, each in a line. The rest is a sentence with the command.
+WITHOUT_EXTRAS = """
+import sys
+for name in ("accelerate", "datasets", "evaluate", "pygad", "scipy", "matplotlib", "onnx", "onnxruntime", "gradio"):
+    sys.modules[name] = None
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+import hf_scan
+import hf_scan.data, hf_scan.model.image_processing_scan
+from hf_scan.cli import main
+model = hf_scan.ScanForImageClassification(hf_scan.ScanConfig(backbone="cifar_resnet20", image_size=16))
+model.exit_config = hf_scan.ExitConfig(thresholds=[0.5, 0.5])
+model.eval().save_pretrained("saved")
+hf_scan.model.image_processing_scan.create_image_processor(model).save_pretrained("saved")
+model = AutoModelForImageClassification.from_pretrained("saved").eval()
+model.predict_adaptive(torch.zeros(1, 3, 16, 16))
+hf_scan.predicted_speedup, hf_scan.measure_costs, hf_scan.realised_speedup
+pipeline("image-classification", model="saved")(Image.new("RGB", (16, 16)))
+hf_scan.data.eval_transform, hf_scan.data.sample_digests([])
+Image.new("RGB", (16, 16)).save("photo.png")
+assert main(["predict", "saved", "photo.png"]) == 0
+print(hf_scan.advise("cifar_resnet20", image_size=16, runtime="macs"))
+for name in hf_scan.__all__:
+    try:
+        getattr(hf_scan, name)
+    except ImportError as error:
+        print(f"MISSING {name}: {error}")
+for name in ("train", "calibrate", "equip"):
+    assert main([name, "--help"]) == 1
+for module in ("data.columns", "data.checks", "data.folders", "metrics", "training.losses", "calibration.policy"):
+    try:
+        __import__(f"hf_scan.{module}")
+    except ImportError as error:
+        print(f"MISSING {module}: {error}")
+try:
+    model.export_onnx("exported")
+except ImportError as error:
+    print(f"MISSING export: {error}")
+"""
+
+
+def test_what_works_without_extras(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    missing = dict(re.findall(r"^MISSING (\S+): (.+)$", done.stdout, re.MULTILINE))
+    needed = {
+        "train": ["EmaCallback", "ScanTrainer", "ScanTrainingArguments", "image_splits", "data.columns"]
+        + ["data.checks", "data.folders", "metrics", "training.losses"],
+        "calibrate": ["ExitMonitor", "RiskBound", "calibrate", "certify_thresholds", "calibration.policy"],
+        "onnx": ["export"],
+    }
+    for extra, names in needed.items():
+        for name in names:
+            assert missing.pop(name).endswith(f"not installed. `pip install 'hf_scan[{extra}]'`."), name
+    assert set(missing) == {"ExitSearch", "equip", "search_exits"}  # which need two of them
+    assert all("`pip install 'hf_scan[" in message for message in missing.values())
+    assert done.stderr.count("hf-scan: error: ") == done.stderr.count("`pip install 'hf_scan[") == 3
+
+
+def test_extras_are_those_of_the_project():
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    named = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[tool", project, re.MULTILINE | re.DOTALL)[1]
+    assert set(EXTRAS) <= set(re.findall(r"^(\w+) = \[", named, re.MULTILINE))
+    every = re.search(r'^all = \["hf_scan\[(.+?)\]"\]$', named, re.MULTILINE)[1].split(",")
+    assert set(EXTRAS) <= set(every)
+
+
 def test_metrics_do_not_load_the_search():
     code = "import sys, hf_scan.metrics; print([name for name in ('pygad',) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -140,5 +215,6 @@ def test_lower_bounds_are_those_that_are_tested():
     tested = {pin.replace("==", ">=") for pin in pins if "==" in pin}
     # Of the file, not of the package that was installed from it some time ago.
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    block = re.search(r"^dependencies = \[$(.*?)^\]$", project, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r'"(.+?)"', block[1])) == tested
+    names = ("dependencies", "train", "calibrate", "plot")
+    blocks = [re.search(rf"^{name} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)[1] for name in names]
+    assert {pin for block in blocks for pin in re.findall(r'"(.+?)"', block)} == tested

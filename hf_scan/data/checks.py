@@ -3,10 +3,15 @@
 
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
-
+from ..extras import require_extra
 from ..model.image_files import eight_bits
 
+
+try:
+    from datasets import Dataset, Features, Image, Value
+except ImportError:
+    require_extra("train", "`hf_scan.data.checks`")
+    raise
 
 FOUND = Features({"row": Value("int64"), "path": Value("string"), "error": Value("string")})
 NAMED = 5  # images in an error

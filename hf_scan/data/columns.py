@@ -3,7 +3,14 @@
 
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+from ..extras import require_extra
+
+
+try:
+    from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+except ImportError:
+    require_extra("train", "`hf_scan.data.columns`")
+    raise
 
 
 def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:

@@ -2,11 +2,10 @@
 """Datasets that hold decoded images or augment them reproducibly."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -19,6 +18,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..model.image_files import eight_bits
 from .transforms import _erase, _further, _random_crop, _resize, _size
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class ImagesInMemory(TorchDataset):
@@ -48,7 +51,7 @@ class ImagesInMemory(TorchDataset):
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: "Dataset",
         processor: BaseImageProcessor,
         crop: str = "pad",
         flip: bool | str = True,
@@ -136,7 +139,7 @@ class DecodedRows(list[dict[str, Any]]):
         split (`str`): Its name in the progress bar.
     """
 
-    def __init__(self, rows: Dataset, split: str) -> None:
+    def __init__(self, rows: "Dataset", split: str) -> None:
         super().__init__(tqdm(rows, desc=f"decoding the {split} split", leave=False))
         self.rows = rows
 

@@ -2,12 +2,12 @@
 """Digests of images, to find images that two splits share."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from .datasets import DecodedRows, ImagesInMemory, SeededImages
@@ -44,8 +44,9 @@ def sample_digests(dataset: Any, rows: Sequence[int] | None = None) -> np.ndarra
         return joined if chosen is None else joined[chosen]
     if isinstance(samples := getattr(dataset, "samples", None), np.ndarray) and samples.dtype == np.uint64:
         return samples if chosen is None else samples[chosen]
-    if isinstance(dataset, Dataset):
-        images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    datasets = sys.modules.get("datasets")  # whose datasets there are only once somebody has imported it
+    if datasets is not None and isinstance(dataset, datasets.Dataset):
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         stored = (dataset.select_columns(images) if images else dataset).with_format("arrow")
         stored = stored if rows is None else stored.select(rows)
         batches = (table.to_pylist() for table in stored.iter(batch_size=64))

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .columns import prepare_columns, split_off
+from ..extras import require_extra
 from .transforms import eval_transform, train_transform
 
+
+try:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+    from .columns import prepare_columns, split_off
+except ImportError:
+    require_extra("train", "Reading folders of images")
+    raise
 
 # How folders of splits are named, and what the splits are called then.
 SPLIT_FOLDERS = {

@@ -4,6 +4,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require_extra
+
 
 if TYPE_CHECKING:
     from .engine import EngineOutput, ExportedScan
@@ -29,7 +31,11 @@ _IMPORTED_WHEN_USED = {
 
 def __getattr__(name: str) -> Any:
     if name in _IMPORTED_WHEN_USED:
-        return getattr(import_module(_IMPORTED_WHEN_USED[name], __name__), name)
+        try:
+            return getattr(import_module(_IMPORTED_WHEN_USED[name], __name__), name)
+        except ImportError:
+            require_extra("onnx", f"`hf_scan.runtime.{name}`")
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..costs.measure import count_macs, count_parameters
+from ..extras import require_extra
 from ..model.evaluation_mode import evaluating
 from ..model.named_errors import named_full_disk
 from ..model.stages import StageState
@@ -105,7 +106,7 @@ def export_onnx(
     True
     ```
     """
-    _check_packages()
+    require_extra("onnx", "The export")
     target = Path(folder)
     _check_folder(target)
     if include_preprocessing:
@@ -135,17 +136,6 @@ def _put_in_place(scratch: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-
-
-def _check_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"The export needs onnx, onnxscript and onnxruntime ({error}). `pip install 'hf_scan[onnx]'`."
-        ) from error
 
 
 def _check_folder(target: Path) -> None:
