@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +238,7 @@ def _serve(arguments: list[str]) -> Any:
     parser.add_argument("--max-megapixels", type=float, default=50, help="size of an image (default: 50)")
     parser.add_argument("--timeout-ms", type=float, default=30_000, help="time for an answer (default: 30000)")
     given = parser.parse_args(arguments)
-    if missing := [name for name in ("fastapi", "prometheus_client", "uvicorn") if not find_spec(name)]:
-        raise ImportError(f"A server needs {', '.join(missing)}. Install them: pip install 'hf_scan[serve]'.")
+    import_module("hf_scan.extras").require_extra("serve", "A server")
     server = import_module("hf_scan.serving.server")
     names = ("batch_size", "max_wait_ms", "max_queue", "max_images", "timeout_ms")
     settings = server.ServerSettings(

@@ -10,7 +10,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate"),
     "calibrate": ("pygad", "scipy"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
     "plot": ("matplotlib",),
+    "ray": ("ray",),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "demo": ("gradio", "matplotlib"),
 }
 

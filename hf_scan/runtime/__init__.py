@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(_IMPORTED_WHEN_USED[name], __name__), name)
         except ImportError:
-            require_extra("onnx", f"`hf_scan.runtime.{name}`")
+            require_extra("openvino" if name.startswith("OV") else "onnx", f"`hf_scan.runtime.{name}`")
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -13,6 +13,8 @@ from .data_arguments import DataArguments
 from .model_arguments import ModelArguments
 
 
+# The recipes that come with the package, which are named without a folder.
+RECIPES = Path(__file__).parent.parent / "recipes"
 # How fresh heads are trained on a frozen backbone, unless flags say otherwise: Transformers' defaults are for
 # fine-tuning, at a hundredth of the learning rate that weights need which start from random numbers.
 HEADS_RECIPE: dict[str, Any] = {
@@ -58,12 +60,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     Return the flags of a recipe, and of one beside it that it includes.
 
+    Args:
+        path (`Path`): A YAML file of flags or, where there is none at a path without a folder, the name of a recipe of
+            the package, such as `cifar100.yaml`.
+
     Raises:
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if it holds anything else than flags.
     """
+    if not path.is_file() and path == Path(path.name) and (RECIPES / path).is_file():
+        path = RECIPES / path
     if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {path}; expected a YAML file of flags.")
+        known = ", ".join(sorted(found.name for found in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"There is no recipe {path}; expected a YAML file of flags, or one of {known}.")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,4 +86,4 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {**read_recipe(path.parent / included), **recipe} if included else recipe
 
 
-__all__ = ["HEADS_RECIPE", "parse_arguments", "read_recipe"]
+__all__ = ["HEADS_RECIPE", "RECIPES", "parse_arguments", "read_recipe"]

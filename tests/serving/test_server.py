@@ -322,7 +322,7 @@ def test_the_command(checkpoint, monkeypatch, capsys):
     ((loaded, host, port, settings),) = seen
     assert (loaded.name, host, port) == (str(checkpoint), "127.0.0.1", 8123)
     assert (settings.max_bytes, settings.max_pixels, settings.batch_size) == (2**19, 50_000_000, 4)
-    monkeypatch.setattr("hf_scan.cli.find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(checkpoint)]) == 1
     assert "pip install 'hf_scan[serve]'" in capsys.readouterr().err
 

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from hf_scan.workflows.recipes import HEADS_RECIPE, parse_arguments
+from hf_scan.workflows.recipes import HEADS_RECIPE, RECIPES, parse_arguments, read_recipe
 from hf_scan.workflows.train_run import run_training
 
 
@@ -20,6 +22,17 @@ def test_fresh_heads_have_defaults_of_their_own(tmp_path):
     _, _, args = parse_arguments([str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "--weight_decay", "0.7"])
     assert (args.learning_rate, args.weight_decay) == (0.5, 0.7)
     assert args.num_train_epochs == HEADS_RECIPE["num_train_epochs"]
+
+
+def test_recipes_of_the_package_go_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("cifar100_resnet18.yaml")) == read_recipe(RECIPES / "cifar100_resnet18.yaml")
+    Path("digits.yaml").write_text("seed: 7\n")
+    assert read_recipe(Path("digits.yaml")) == {"seed": 7}  # a file of one's own comes first
+    with pytest.raises(FileNotFoundError, match=r"no recipe none.yaml; expected .*, or one of cifar100.yaml, "):
+        read_recipe(Path("none.yaml"))
+    with pytest.raises(FileNotFoundError, match="There is no recipe"):
+        read_recipe(Path("elsewhere/cifar100.yaml"))
 
 
 def test_targets_are_those_of_calibrate(tmp_path):
