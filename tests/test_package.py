@@ -98,6 +98,13 @@ def test_what_travels_with_a_checkpoint_imports_siblings_and_little_else(path):
             assert {name.split(".")[0] for name in names} <= BROUGHT | set(sys.stdlib_module_names)
 
 
+def test_every_module_of_the_network_has_tests_of_its_own():
+    # Parts of `stages.py`, tested there, and what the streams and the server share, tested with these.
+    elsewhere = {"__init__", "stage", "stage_scheduler", "tracing"}
+    tests = {path.stem.removeprefix("test_") for path in (Path(__file__).parent / "model").glob("test_*.py")}
+    assert {path.stem for path in (PACKAGE / "model").glob("*.py")} - elsewhere <= tests
+
+
 def test_every_file_of_the_folder_travels_with_a_checkpoint():
     """Transformers saves the files that these two import, and what those import."""
     waiting, travelling = ["modeling_scan", "configuration_scan"], set()

@@ -1,4 +1,4 @@
-"""Run by `test_adaptive.py` in a process of its own, which takes away most of its own memory."""
+"""Run by `test_memory.py` in a process of its own, which takes away most of its own memory."""
 
 import resource
 from pathlib import Path

@@ -1,9 +1,5 @@
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from functools import partial
@@ -24,7 +20,6 @@ from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, apply_ex
 from hf_scan.calibration import answering_column
 from hf_scan.model.exit_criteria import EXIT_CRITERIA
 from hf_scan.model.exit_rule import exit_columns, plan_exits
-from hf_scan.model.memory import within_memory
 
 from ..conftest import random_scan_model
 
@@ -321,60 +316,6 @@ def test_pixels_from_0_to_255_are_warned_of_once(model, way, caplog):
     assert caplog.text.count("Prepare images with it; pixels from 0 to 255 are not scaled") == 1
 
 
-def test_exit_config_round_trip(tmp_path):
-    config = ExitConfig(thresholds=[0.25, None, 1], fallback="deepest", search={"method": "genetic", "n": 3})
-    config.save_pretrained(tmp_path, "exit_config_fast.json")
-    assert ExitConfig.from_pretrained(tmp_path, "exit_config_fast.json") == config
-    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[0.5]", '{"thresholds": [NaN]}', '{"thresholds": [2]}', '{"thresholds": "all"}', '{"fallback": "x"}'],
-)
-def test_bad_exit_config_file(tmp_path, text):
-    (tmp_path / "exit_config.json").write_text(text)
-    with pytest.raises(ValueError, match="not a valid exit configuration"):
-        ExitConfig.from_pretrained(tmp_path)
-
-
-def test_keys_of_a_newer_version_are_left_out(tmp_path):
-    (tmp_path / "exit_config.json").write_text(json.dumps({"thresholds": [0.5], "budget": "oracle"}))
-    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig(thresholds=[0.5])
-
-
-def test_a_criterion_of_ones_own(model, images, tmp_path):
-    """It sees the logits so far, at their temperatures, and is not saved."""
-    seen_at = []
-
-    def own(seen):
-        seen_at.append(len(seen))
-        return 0.5 * seen[-1].softmax(-1).amax(-1)
-
-    config = ExitConfig(thresholds=[0.3, 0.3, 0.3], criterion=own)
-    found = model.predict_adaptive(images, config)
-    named = model.predict_adaptive(images, thresholds=[0.6, 0.6, 0.6])
-    assert torch.equal(found.exit_index, named.exit_index)
-    torch.testing.assert_close(found.confidence, named.confidence)
-    assert seen_at == [1, 2, 3]
-    with pytest.raises(ValueError, match=r"is the function .* which cannot be saved"):
-        config.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("criterion", "found"),
-    [
-        (lambda seen: seen[-1], r"torch\.Size\(\[24, 5\]\)"),
-        (lambda seen: 0.5, "float"),
-        (lambda seen: seen[-1].new_full((24,), torch.nan), "scores not finite"),
-    ],
-)
-def test_a_criterion_that_returns_no_scores(model, images, criterion, found):
-    with pytest.raises(ValueError, match=rf"returned {found}; expected a tensor of \(24,\) finite scores"):
-        model.predict_adaptive(images, thresholds=[0.5, 0.5], criterion=criterion)
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -386,15 +327,6 @@ def test_a_criterion_that_returns_no_scores(model, images, criterion, found):
 def test_bad_criteria_and_temperatures(model, images, field, value, message):
     with pytest.raises(ValueError, match=message):
         model.predict_adaptive(images, thresholds=[0.5, 0.5], **{field: value})
-
-
-def test_patience_leaves_when_so_many_exits_agree(model, images):
-    with torch.no_grad():
-        classes = torch.stack(model(images).exit_logits).argmax(-1)
-    answer = model.predict_adaptive(images, thresholds=[0.5, 0.5, 0.5], criterion="patience")
-    agree = classes[0] == classes[1]
-    assert torch.equal(answer.exit_index == 1, agree)
-    assert 0 < agree.sum() < 24
 
 
 @pytest.mark.parametrize("fallback", ["ensemble", "deepest", "most_confident"])
@@ -462,15 +394,6 @@ def test_a_network_whose_answers_are_not_finite(images, fallback, criterion, bat
         list(model.predict_adaptive_stream([images], batch_size=batch_size, **policy))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_scores_of_any_type_are_compared_alike(model, images, dtype):
-    """0.3 is not a number of any of these types, and rounded up in one of them."""
-    policy = {"thresholds": [0.3, None, None], "criterion": lambda seen: torch.full((len(seen[0]),), 0.3, dtype=dtype)}
-    together = model.predict_adaptive(images, **policy)
-    alone = [model.predict_adaptive(image, **policy) for image in images.split(1)]
-    assert torch.equal(together.exit_index, torch.cat([answer.exit_index for answer in alone]))
-
-
 class TensorMemory(TorchDispatchMode):
     """The most bytes that tensors which are made while it is on hold at a time."""
 
@@ -509,53 +432,6 @@ def test_exits_take_no_more_memory_than_the_plain_network_does(compiled, thresho
         if compiled:
             model.compile_stages(backend="eager")
         assert peak(partial(model.predict_adaptive, thresholds=[threshold] * 3)) <= 1.01 * plain
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
-def test_a_batch_that_memory_does_not_suffice_for():
-    """The size that the error names is tried in that process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.batch_of_a_small_machine"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        # glibc returns large blocks to the system then, so that holes in its heap leave no less room the second time.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("Memory does not suffice for a batch of")]
-    assert len(lines) == 2
-    assert all("use batches of at most that size. (" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("room", "found", "sizes"),
-    [(5, "4 fit", [16, 8, 4]), (1, "1 fit", [16, 8, 4, 2, 1]), (0, "not even one fits", [16, 8, 4, 2, 1])],
-)
-def test_the_size_that_fits_is_found_by_halving(room, found, sizes):
-    tried = []
-
-    def run(size):
-        tried.append(size)
-        if size > room:
-            raise torch.OutOfMemoryError("no room")
-        return size
-
-    with pytest.raises(torch.OutOfMemoryError, match=rf"batch of 16: {found}.*\(no room\)"):
-        within_memory(run, 16)
-    assert tried == sizes
-
-
-def test_other_errors_are_not_tried_again():
-    tried = []
-
-    def run(size):
-        tried.append(size)
-        raise RuntimeError("shapes cannot be multiplied")
-
-    with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
-        within_memory(run, 16)
-    assert tried == [16]
 
 
 def test_bad_images_are_skipped_and_the_others_answered(model, images):

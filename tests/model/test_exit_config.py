@@ -118,3 +118,25 @@ def test_a_file_of_an_earlier_release_loads(tmp_path):
     config = ExitConfig.from_pretrained(tmp_path)
     assert json.loads(config.to_json()) == {**values, "weights": None}
     assert (config.search, config.costs) == ({"accuracy": 0.9}, {"machine": "x"})
+
+
+def test_exit_config_round_trip(tmp_path):
+    config = ExitConfig(thresholds=[0.25, None, 1], fallback="deepest", search={"method": "genetic", "n": 3})
+    config.save_pretrained(tmp_path, "exit_config_fast.json")
+    assert ExitConfig.from_pretrained(tmp_path, "exit_config_fast.json") == config
+    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[0.5]", '{"thresholds": [NaN]}', '{"thresholds": [2]}', '{"thresholds": "all"}', '{"fallback": "x"}'],
+)
+def test_bad_exit_config_file(tmp_path, text):
+    (tmp_path / "exit_config.json").write_text(text)
+    with pytest.raises(ValueError, match="not a valid exit configuration"):
+        ExitConfig.from_pretrained(tmp_path)
+
+
+def test_keys_of_a_newer_version_are_left_out(tmp_path):
+    (tmp_path / "exit_config.json").write_text(json.dumps({"thresholds": [0.5], "budget": "oracle"}))
+    assert ExitConfig.from_pretrained(tmp_path) == ExitConfig(thresholds=[0.5])

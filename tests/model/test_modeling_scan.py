@@ -242,19 +242,6 @@ def test_a_copy_runs_its_own_modules(images):
     assert not torch.equal(twin(images).logits, model(images).logits)
 
 
-def test_unknown_backbone_arguments():
-    with pytest.raises(ValueError, match=r"timm cannot make 'resnet18' with {.*'depth': 3}: .* Correct"):
-        ScanForImageClassification(ScanConfig(backbone="resnet18", backbone_kwargs={"depth": 3}))
-
-
-def test_a_backbone_of_fixed_size_is_made_for_the_image_size():
-    config = ScanConfig(backbone="swin_tiny_patch4_window7_224", num_labels=3, image_size=112)
-    model = ScanForImageClassification(config).eval()
-    images = torch.randn(1, 3, 112, 112)
-    with torch.no_grad():
-        assert torch.equal(model(images).logits, model.backbone(images))
-
-
 def test_code_in_the_checkpoint_is_enough(tmp_path):
     """Saved with its code, it answers alike where `hf_scan` is not installed; and saving leaves no mark."""
     model = random_scan_model(image_size=32)

@@ -136,18 +136,6 @@ def test_labels_of_several_are_refused_by_a_network_for_one(model, images):
     assert model.config.problem_type != SEVERAL  # as Transformers' loss would have it
 
 
-def test_a_criterion_that_compares_classes_is_refused(several, model, images):
-    assert several.exit_config.criterion == "label_confidence"
-    for criterion in ("confidence", "margin", lambda seen: seen[-1].amax(dim=-1)):
-        with pytest.raises(ValueError, match=r"expected 'label_confidence', as others compare classes"):
-            several.exit_config = ExitConfig([0.5, 0.5], criterion)
-    with pytest.raises(ValueError, match="expected 'label_confidence'"):
-        several.predict_adaptive(images, exit_config=ExitConfig([0.5, 0.5]))
-    for call in (model.predict_adaptive, lambda *args, **kwargs: list(model.predict_adaptive_stream(*args, **kwargs))):
-        with pytest.raises(ValueError, match="expected one for a single label an image"):
-            call(images, thresholds=[0.5, 0.5], criterion="label_confidence")
-
-
 def test_saved_loaded_truncated_and_in_a_pipeline(several, tmp_path):
     several.exit_config = several.exit_config.replace(thresholds=[0.5, 0.5])
     several.save_pretrained(tmp_path)
