@@ -14,7 +14,7 @@ REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 ARGUMENT = re.compile(r"^( +[\w, ]+ )\((.*)\)(:.*)?$", re.MULTILINE)
 RESULT = re.compile(r"^( {4,})((?:\[?`[^`]+`\]?(?:, \*optional\*)?(?: or )?)+)(:.*)?$", re.MULTILINE)
 # Where a name is documented: those of the reference pages.
-PUBLIC = ("hf_scan", "hf_scan.calibration", "hf_scan.costs", "hf_scan.runtime", "hf_scan.data")
+PUBLIC = ("hf_scan", "hf_scan.calibration", "hf_scan.costs", "hf_scan.runtime", "hf_scan.serving", "hf_scan.data")
 
 
 def _identifier(module: griffe.Module, name: str) -> str:

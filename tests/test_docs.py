@@ -170,11 +170,24 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:])
 
 
-@pytest.mark.parametrize("module", ["hf_scan", *(f"hf_scan.{n}" for n in ("calibration", "costs", "data", "runtime"))])
+@pytest.mark.parametrize(
+    "module", ["hf_scan", *(f"hf_scan.{n}" for n in ("calibration", "costs", "data", "runtime", "serving"))]
+)
 def test_every_public_name_is_in_the_reference(module):
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
     listed = {path.rsplit(".", 1)[-1] for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
     assert set(importlib.import_module(module).__all__) <= listed
+
+
+def test_every_command_and_extra_is_listed():
+    commands_page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", commands_page, re.MULTILINE) == list(COMMANDS)
+    page = (ROOT / "docs" / "get-started" / "installation.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    names = set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
+    assert set(re.findall(r"`\[(\w+)\]`", page)) == names
+    assert set(re.findall(r"`\[(\w+)\]`", (ROOT / "README.md").read_text(encoding="utf-8"))) <= names
 
 
 def test_every_page_is_in_the_list_for_language_models():
