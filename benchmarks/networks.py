@@ -10,8 +10,8 @@ model's own deepest exit, which is right where its backbone was frozen, or never
 For each runtime and batch size, thresholds are found on the search split, by costs measured there, so that at most
 `--drop` points are lost against the twin's accuracy on that split. Accuracies are those of the whole test split, in
 float32; INT8's are its own. Times are of the first test images, plain and adaptive in turns, medians over rounds:
-process CPU time for one thread, as in deploy.py. The twin has the backbone's graph, so its time is that of the exported backbone. Rows of the same network, runtime, batch
-size, threads and drop are replaced.
+process CPU time for one thread, as in deploy.py. The twin has the backbone's graph, so its time is that of the
+exported backbone. Rows of the same network, runtime, batch size, threads and drop are replaced.
 """
 
 # ruff: noqa: E402 (the environment is set before anything else is imported)

@@ -81,6 +81,7 @@ class SelfDistillationLoss:
         labels: torch.Tensor,
         teacher_logits: torch.Tensor | None = None,
         distillation_scale: float = 1.0,
+        sample_weights: Sequence[torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Return the weighted terms of the loss by name; their sum is the loss. A term whose weight is 0 is left out.
@@ -95,6 +96,9 @@ class SelfDistillationLoss:
                 Defaults to those of the deepest exit. They get no gradient.
             distillation_scale (`float`, *optional*, defaults to 1.0):
                 Factor of the soft-label and hint terms, for a warm-up.
+            sample_weights (`Sequence[torch.Tensor]`, *optional*):
+                One of shape `(batch_size,)` per exit: how much each sample counts in its label and soft-label terms,
+                which are weighted means. For one label an image.
 
         Raises:
             `ValueError`: if there are more or fewer weights than exits.
@@ -107,25 +111,40 @@ class SelfDistillationLoss:
         teacher = teacher.detach() / self.temperature
         scale = distillation_scale * (self.temperature**2 if self.scale_by_temperature else 1.0)
 
+        weights: Sequence[torch.Tensor | None] = sample_weights or [None] * num_exits
+
         terms: dict[str, torch.Tensor] = {}
         for index, logits in enumerate(exit_logits):
             if label_weights[index]:
-                terms[f"exit_{index}_label_loss"] = label_weights[index] * self._cross_entropy(logits, labels)
+                label_loss = self._cross_entropy(logits, labels, weights[index])
+                terms[f"exit_{index}_label_loss"] = label_weights[index] * label_loss
             if soft_label_weights[index]:
-                divergence = self._divergence(logits / self.temperature, teacher)
+                divergence = self._divergence(logits / self.temperature, teacher, weights[index])
                 terms[f"exit_{index}_soft_label_loss"] = soft_label_weights[index] * scale * divergence
             if hint_weights[index] and exit_features is not None:
                 distance = (exit_features[index] - exit_features[-1].detach()).square().sum(dim=-1).mean()
                 terms[f"exit_{index}_hint_loss"] = hint_weights[index] * distillation_scale * distance
         return terms
 
-    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if weights is not None:
+            each = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+            # Labels that cross-entropy ignores count in no mean.
+            counted = weights * (labels >= 0) if labels.ndim == 1 else weights
+            return (counted * each).sum() / counted.sum()
         if not self.multi_label:
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, smoothed.to(logits.dtype))
 
-    def _divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def _divergence(
+        self, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if weights is not None:
+            each = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+            return (weights * each.sum(dim=-1)).sum() / weights.sum()
         if not self.multi_label:
             softened = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
             return F.kl_div(*softened, reduction="batchmean", log_target=True)

@@ -4,6 +4,7 @@
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from .checkpoints import CheckedTrainer
 from .collation import check_distributions, collate_rows, rows_with_indices
 from .hyperparameters import check_trial, default_objective
 from .losses import SelfDistillationLoss, weights_per_exit
+from .methods import gradient_equilibrium, survivor_weights
 from .output_dirs import named_full_disk
 from .training_args import ScanTrainingArguments
 
@@ -185,10 +187,11 @@ class ScanTrainer(CheckedTrainer):
         """Create the loss, and require gradients of the parameters that get one."""
         args = self.args
         multi_label = model.config.problem_type == MULTI_LABEL
-        if multi_label and (args.mixup_alpha or args.cutmix_alpha or args.label_smoothing_factor):
+        single = ("mixup_alpha", "cutmix_alpha", "label_smoothing_factor", "survivor_weighting")
+        if multi_label and (given := [name for name in single if getattr(args, name)]):
             raise ValueError(
-                "`mixup_alpha`, `cutmix_alpha` and `label_smoothing_factor` are for one label an image, and the "
-                f"network's `problem_type` is {MULTI_LABEL!r}. Leave them out."
+                f"{', '.join(f'`{name}`' for name in given)} is for one label an image, and the network's "
+                f"`problem_type` is {MULTI_LABEL!r}. Leave it out."
             )
         self.distillation = replace(_create_loss(args), multi_label=multi_label)
         self._multi_label = multi_label
@@ -236,8 +239,10 @@ class ScanTrainer(CheckedTrainer):
                 thresholds=None, temperatures=None, trained_on=self.trained_on
             )
         self.model.training_recorded = True
+        balanced = gradient_equilibrium(self.model) if self.args.gradient_equilibrium else nullcontext()
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            with balanced:
+                return super()._inner_training_loop(*args, **kwargs)
         finally:
             self.model.training_recorded = False
 
@@ -286,6 +291,11 @@ class ScanTrainer(CheckedTrainer):
         # timm mixes pairs of images and of classes: a batch of odd length, or with an ignored label, is not mixed.
         if self._mixup is not None and model.training and len(labels) % 2 == 0 and labels.min() >= 0:
             images["pixel_values"], labels = self._mixup(images["pixel_values"], labels)
+        backbone_alone = model.training and self.state.global_step < self._steps(self.args.backbone_steps)
+        if model.training and self.args.backbone_steps:
+            self.model.exits_reached = set()  # a step that reached the deepest exit alone was meant to
+        if backbone_alone:
+            self.model.exit_heads.eval()  # or batch norm's running means would change
         try:
             outputs = model(**images, output_exit_features=self._needs_hint)
         except ValueError as error:
@@ -301,9 +311,13 @@ class ScanTrainer(CheckedTrainer):
                 teacher_logits = self.teacher(images["pixel_values"]).logits
         elif self.args.distillation_teacher == "ensemble":
             teacher_logits = outputs.ensemble_logits
+        weights = survivor_weights(outputs.exit_logits) if self.args.survivor_weighting else None
         terms = self.distillation(
-            outputs.exit_logits, outputs.exit_features, labels, teacher_logits, self._distillation_scale()
+            outputs.exit_logits, outputs.exit_features, labels, teacher_logits, self._distillation_scale(), weights
         )
+        if backbone_alone:
+            deepest = f"exit_{len(outputs.exit_logits) - 1}_label_loss"
+            terms = {deepest: terms[deepest]}
         if model.training:
             for name, term in terms.items():
                 self._term_sums[name] += term.detach()
@@ -353,10 +367,12 @@ class ScanTrainer(CheckedTrainer):
             )
 
     def _distillation_scale(self) -> float:
-        steps = self.args.distillation_warmup_steps
-        if 0 < steps < 1:
-            steps *= self.state.max_steps
+        steps = self._steps(self.args.distillation_warmup_steps)
         return min(1.0, self.state.global_step / steps) if steps and self.model.training else 1.0
+
+    def _steps(self, given: float) -> float:
+        """Return a number of steps, which may be given as a share of all of them."""
+        return given * self.state.max_steps if 0 < given < 1 else given
 
     def _prepare_teacher(self, teacher: PreTrainedModel | None) -> PreTrainedModel | None:
         name = self.args.distillation_teacher

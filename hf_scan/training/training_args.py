@@ -34,7 +34,8 @@ class ScanTrainingArguments(TrainingArguments):
     A [`~transformers.TrainingArguments`] with the settings of [`~hf_scan.training.losses.SelfDistillationLoss`].
 
     Two inherited defaults differ: `remove_unused_columns` is `False`, because images are transformed when they are
-    read, and `ddp_find_unused_parameters` is `False`, because every parameter is used in every step.
+    read, and `ddp_find_unused_parameters` is `False`, because every parameter is used in every step, but
+    with `backbone_steps`.
 
     Args:
         distillation_preset (`str`, *optional*, defaults to `"paper"`):
@@ -60,6 +61,16 @@ class ScanTrainingArguments(TrainingArguments):
         mixup_alpha, cutmix_alpha (`float`, *optional*, defaults to 0.0):
             Parameters of the Beta distribution for mixing the images and labels of a training batch in pairs, as timm
             does. 0 disables it.
+        backbone_steps (`float`, *optional*, defaults to 0.0):
+            Steps at the beginning in which the backbone trains alone, on the labels, and the early exits stay as they
+            are: a number of steps, or a share of all of them if below 1. Training the backbone first and all of it
+            then is the mixed regime of Kubaty et al., "How to Train Your Multi-Exit Model?", ICML 2025.
+        gradient_equilibrium (`bool`, *optional*, defaults to `False`):
+            Whether a stage gets the mean, rather than the sum, of the gradients of the exits after it; see
+            [`~hf_scan.training.methods.gradient_equilibrium`].
+        survivor_weighting (`bool`, *optional*, defaults to `False`):
+            Whether a sample counts less at an exit the more confident the exits before it are; see
+            [`~hf_scan.training.methods.survivor_weights`].
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether to train the early exits only, which leaves the deepest exit's logits as they are.
 
@@ -95,6 +106,15 @@ class ScanTrainingArguments(TrainingArguments):
     mixup_alpha: float = field(default=0.0, metadata={"help": "Blend pairs of images; Beta parameter of the share."})
     cutmix_alpha: float = field(
         default=0.0, metadata={"help": "Paste a part of one image into another; Beta parameter of the share."}
+    )
+    backbone_steps: float = field(
+        default=0.0, metadata={"help": "Steps, or share of them, in which the backbone trains alone at first."}
+    )
+    gradient_equilibrium: bool = field(
+        default=False, metadata={"help": "Give a stage the mean of the gradients of the exits after it."}
+    )
+    survivor_weighting: bool = field(
+        default=False, metadata={"help": "Count a sample less where earlier exits are confident about it."}
     )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the early exits only; the deepest exit's logits stay as they are."}
@@ -142,8 +162,13 @@ class ScanTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}; expected a number from 0 to 1."
             )
-        if not 0 <= self.distillation_warmup_steps < math.inf:
-            raise ValueError(
-                f"`distillation_warmup_steps` is {self.distillation_warmup_steps}; expected a number of steps, or a "
-                "share of them below 1."
-            )
+        for name in ("distillation_warmup_steps", "backbone_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; expected a number of steps, or a share of them below 1."
+                )
+        for name in ("backbone_steps", "gradient_equilibrium"):
+            if self.freeze_backbone and getattr(self, name):
+                raise ValueError(f"`{name}` is about training the backbone, and `freeze_backbone` keeps it as it is.")
+        if self.backbone_steps:  # in which the heads get no gradient, which DDP would wait for
+            self.ddp_find_unused_parameters = True

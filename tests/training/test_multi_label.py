@@ -132,7 +132,7 @@ def test_the_loss_by_hand():
 @pytest.mark.parametrize("setting", ["mixup_alpha", "cutmix_alpha", "label_smoothing_factor"])
 @pytest.mark.filterwarnings("ignore:Label smoothing is not compatible")
 def test_settings_for_one_label_are_refused(tmp_path, setting):
-    with pytest.raises(ValueError, match="are for one label an image"):
+    with pytest.raises(ValueError, match="is for one label an image"):
         ScanTrainer(fresh(), arguments(tmp_path, **{setting: 0.1}))
 
 

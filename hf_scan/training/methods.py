@@ -1,0 +1,88 @@
+# Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
+"""Ways of training that raise early exits: which gradients reach a stage, and which samples count at an exit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.exit_criteria import confidence_of
+
+
+@contextmanager
+def gradient_equilibrium(model: Any) -> Iterator[None]:
+    """
+    Divide the gradient of each stage's parameters by the number of exits at or after it, while the context lasts.
+
+    Every exit after a stage adds its gradient, so that early stages get the sum of many. Li et al. scale the gradient
+    of head i, of k, by 1 / (k - i + 1) where it enters the backbone, and what comes from later stages by (k - i) /
+    (k - i + 1). Unrolled, a stage gets the mean of the gradients of the exits at or after it: this division. Heads
+    keep theirs. Optimizers whose steps do not depend on the scale of a gradient, such as Adam, take no notice.
+
+    Source: Li et al., "Improved Techniques for Training Adaptive Deep Networks", ICCV 2019, section 3.1.
+
+    Args:
+        model ([`ScanForImageClassification`]): The network.
+    """
+    handles = []
+    for index, parameters in enumerate(stage_parameters(model)):
+        exits = model.num_exits - index
+        handles += [one.register_hook(partial(_divided, exits)) for one in parameters if one.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stage_parameters(model: Any) -> list[list[nn.Parameter]]:
+    """Return the parameters of each stage. One that several stages use is the first's. The classifier has none."""
+    left = dict(model.backbone.named_parameters())
+    found = []
+    for stage in model.stages:
+        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
+        found.append([left.pop(name) for name in used])
+    return found
+
+
+def survivor_weights(exit_logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    Return how much each sample counts at each exit: the more, the less confident the exits before it are, as samples
+    that leave earlier never come there. The weight at exit i is the product of 1 - confidence over the exits before,
+    divided by its mean over the batch. For a frozen backbone, where a sample's easiness does not change.
+
+    Args:
+        exit_logits (`Sequence[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit, shallow to deep.
+
+    Returns:
+        `list[torch.Tensor]`: one of shape `(batch_size,)` per exit, without gradient, of mean 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_scan.training.methods import survivor_weights
+
+    >>> sure, unsure = torch.tensor([8.0, 0.0]), torch.tensor([0.0, 0.0])
+    >>> first, second = survivor_weights([torch.stack([sure, unsure])] * 2)
+    >>> first.tolist(), second.round(decimals=2).tolist()
+    ([1.0, 1.0], [0.0, 2.0])
+    ```
+    """
+    survives = torch.ones_like(exit_logits[0][:, 0], dtype=torch.float32)
+    weights = []
+    for logits in exit_logits:
+        weights.append(survives / survives.mean())
+        # Not 0, which a confidence of 1.0 would give: a batch of such samples still has a mean.
+        survives = (survives * (1 - confidence_of(logits.detach().float()))).clamp(min=1e-9)
+    return weights
+
+
+def _divided(exits: int, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient / exits
+
+
+__all__ = ["gradient_equilibrium", "stage_parameters", "survivor_weights"]
