@@ -33,7 +33,7 @@ from .candidates import candidates_of
 from .data_arguments import DataArguments, check_search_split, load_splits, metadata, title
 from .equip_arguments import EquipArguments, Equipped
 from .linear_probe import fit_classifier
-from .model_arguments import load_plain_network
+from .model_arguments import load_plain_network, load_plain_run
 from .part_costs import RUNTIMES, PartCosts, costs_of_parts, serving_runtime
 from .recipes import HEADS_RECIPE
 from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
@@ -386,8 +386,11 @@ def _load_source(arguments: EquipArguments) -> ScanForImageClassification:
     settings: dict[str, Any] = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     if arguments.weights == "timm":
         return ScanForImageClassification.from_timm(arguments.model, pretrained=True, **settings)
-    plain = load_plain_network(arguments.model, arguments.weights, image_size=arguments.image_size)
-    trained_on = unknown_images(f"weights of {Path(arguments.weights).name}")
+    if Path(arguments.weights).is_dir():
+        plain, trained_on = load_plain_run(arguments.weights, arguments.model)
+    else:
+        plain = load_plain_network(arguments.model, arguments.weights, image_size=arguments.image_size)
+        trained_on = unknown_images(f"weights of {Path(arguments.weights).name}")
     return ScanForImageClassification.from_timm(plain, trained_on=trained_on, **settings)
 
 

@@ -114,14 +114,8 @@ def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClass
         plain = load_plain_network(network.backbone, weights, **arguments)
         trained_on: str | None = unknown_images(f"weights of {Path(weights).name}")
     else:
-        wrapper = TimmWrapperForImageClassification.from_pretrained(weights)
-        found = wrapper.config.architecture.split(".")[0]
-        if network.backbone.split(".")[0] not in (found, ModelArguments.backbone):
-            raise ValueError(
-                f"`--backbone` is {network.backbone!r}, and the weights in {weights} are of {found!r}. Leave "
-                "`--backbone` out, or name other weights."
-            )
-        plain, trained_on = wrapper.timm_model, read_trained_on(weights)
+        known = None if network.backbone == ModelArguments.backbone else network.backbone
+        plain, trained_on = load_plain_run(weights, known)
     return ScanForImageClassification.from_timm(plain, num_labels=len(names), trained_on=trained_on, **settings)
 
 
@@ -144,6 +138,27 @@ def check_network(network: ModelArguments) -> None:
     if ":" not in name:  # what timm has to fetch first, to know what it is
         with torch.device("meta"):
             create_model(dataclasses.replace(network, backbone=name, backbone_weights=None), ["one", "another"])
+
+
+def load_plain_run(folder: str | Path, name: str | None) -> tuple[nn.Module, str | None]:
+    """
+    Return the network of a run without exits, such as `--plain` writes, and the images that it was trained on.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint of `TimmWrapperForImageClassification`, or its repository on the Hub.
+        name (`str`, *optional*): The model in timm's registry that it is said to be.
+
+    Raises:
+        `ValueError`: if it is another model.
+    """
+    wrapper = TimmWrapperForImageClassification.from_pretrained(folder)
+    found = wrapper.config.architecture.split(".")[0]
+    if name is not None and name.split(".")[0] != found:
+        raise ValueError(
+            f"The backbone is said to be {name!r}, and the weights in {folder} are of {found!r}. Correct the name, or "
+            "name other weights."
+        )
+    return wrapper.timm_model, read_trained_on(folder)
 
 
 def load_plain_network(
@@ -205,4 +220,11 @@ def source_on_the_hub(name: str) -> str | None:
     return None if cfg is None else cfg.hf_hub_id
 
 
-__all__ = ["ModelArguments", "check_network", "create_model", "load_plain_network", "source_on_the_hub"]
+__all__ = [
+    "ModelArguments",
+    "check_network",
+    "create_model",
+    "load_plain_network",
+    "load_plain_run",
+    "source_on_the_hub",
+]

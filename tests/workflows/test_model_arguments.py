@@ -15,7 +15,7 @@ def test_a_backbone_that_the_weights_are_not_of_is_refused(tmp_path):
     ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
     names, weights = list("abcde"), str(tmp_path)
     settings = {"backbone_weights": weights, "image_size": 16}
-    with pytest.raises(ValueError, match=r"`--backbone` is 'resnet50', and the weights in .* are of 'cifar_resnet20'"):
+    with pytest.raises(ValueError, match=r"is said to be 'resnet50', and the weights in .* are of 'cifar_resnet20'"):
         create_model(ModelArguments(backbone="resnet50", **settings), names)
     for given in ({}, {"backbone": "cifar_resnet20"}):
         found = create_model(ModelArguments(**given, **settings), names)
