@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_scan import Equipped, ScanForImageClassification, equip, image_splits
+from hf_scan import Equipped, ExitConfig, ScanConfig, ScanForImageClassification, equip, image_splits
 from hf_scan.cli import main
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ORTScanForImageClassification
+from hf_scan.training.baseline import plain_copy
 from hf_scan.workflows import equip as module
 from hf_scan.workflows.equip_arguments import EquipArguments
 from hf_scan.workflows.linear_probe import fit_classifier
@@ -187,3 +188,16 @@ def test_bad_requests_are_refused_before_images_are_read(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
     assert main(["equip", "--model", "cifar_resnet20"]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_plain_run_is_taken(photos, tmp_path):
+    """With the images that it was trained on, and only as the model that it is."""
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2, image_size=32))
+    plain_copy(model).save_pretrained(tmp_path)
+    ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
+    data, output = str(photos), str(tmp_path / "out")
+    source = module._load_source(EquipArguments("cifar_resnet20", data, output, weights=str(tmp_path)))
+    assert source.exit_config.trained_on == "1: ab"
+    assert torch.equal(source.backbone.fc.weight, model.backbone.fc.weight)
+    with pytest.raises(ValueError, match=r"is said to be 'resnet18', and the weights in .* are of 'cifar_resnet20'"):
+        equip("resnet18", data, output, weights=str(tmp_path))
