@@ -74,47 +74,51 @@ class StageScheduler(Generic[GroupT, AnswerT]):
     def __len__(self) -> int:
         return sum(map(len, self.queues))
 
-    def put(self, group: GroupT, now: float = 0.0) -> None:
+    def put(self, group: GroupT, since: float = 0.0) -> None:
         """
         Let a group wait in front of the first stage.
 
         Args:
             group: The samples.
-            now (`float`, *optional*): The time, where [`~StageScheduler.next_stage`] is asked by it.
+            since (`float`, *optional*): When they arrived, by which [`~StageScheduler.next_stage`] may be asked.
         """
-        self.queues[0].put(group, now)
+        self.queues[0].put(group, since)
 
     def next_stage(self, all_that_wait: bool = False, since: float | None = None) -> int | None:
         """
-        Return the stage to run next: the deepest with a full batch; without any, the first whose samples have waited
-        for long enough; or `None`.
+        Return the stage to run next: the deepest with a full batch; without any, the deepest in front of which a
+        sample waits that arrived early enough; or `None`.
 
         Args:
-            all_that_wait (`bool`, *optional*, defaults to `False`): Whether waiting is over, because no more images
-                come.
-            since (`float`, *optional*): Samples that have waited since this time or longer have waited enough.
+            all_that_wait (`bool`, *optional*, defaults to `False`): Whether no more samples come, so that waiting is
+                over. Then it is the first stage, what stays of which joins what waits deeper.
+            since (`float`, *optional*): Samples that arrived at this time or before have waited enough.
         """
         for index in reversed(range(len(self.queues))):
             if len(self.queues[index]) >= self.batch_size:
                 return index
-        # From the first on, so that what stays joins what waits deeper.
-        for index, queue in enumerate(self.queues):
-            if len(queue) and (all_that_wait or (since is not None and queue.oldest <= since)):
-                return index
+        if all_that_wait:
+            return next((index for index, queue in enumerate(self.queues) if len(queue)), None)
+        if since is not None:
+            # The first stage would let the others starve under load; `benchmarks/serving.py` simulates it.
+            for index in reversed(range(len(self.queues))):
+                if len(self.queues[index]) and self.queues[index].oldest <= since:
+                    return index
         return None
 
-    def step(self, index: int, now: float = 0.0) -> Sequence[AnswerT]:
+    def step(self, index: int) -> Sequence[AnswerT]:
         """
         Run a stage for at most a batch of those that wait in front of it, and return the answers of the samples that
-        leave. The others wait in front of the next stage.
+        leave. The others wait in front of the next stage, since the first of them arrived: an image waits for others
+        once, and not anew in front of each stage.
 
         Args:
             index (`int`): Which stage, from [`~StageScheduler.next_stage`].
-            now (`float`, *optional*): The time, as for [`~StageScheduler.put`].
         """
+        since = self.queues[index].oldest
         answers, stay = self.advance(index, self.queues[index].take(self.batch_size))
         if stay is not None:
-            self.queues[index + 1].put(stay, now)
+            self.queues[index + 1].put(stay, since)
         return answers
 
     def run(self, all_that_wait: bool = False) -> Iterator[AnswerT]:
@@ -128,7 +132,7 @@ class StageScheduler(Generic[GroupT, AnswerT]):
             yield from self.step(index)
 
     def oldest(self) -> float | None:
-        """Return since when the sample waits that has waited longest in front of its stage, or `None`."""
+        """Return when the first of the samples that wait arrived, or `None`."""
         return min((queue.oldest for queue in self.queues if len(queue)), default=None)
 
     def remove(self, numbers: Collection[int]) -> list[int]:
@@ -148,12 +152,12 @@ class StageQueue(Generic[GroupT]):
 
     @property
     def oldest(self) -> float:
-        """The time at which the first of the groups was put here."""
+        """When the first of the samples arrived."""
         return self._groups[0][1]
 
-    def put(self, group: GroupT, now: float = 0.0) -> None:
-        """Add a group."""
-        self._groups.append((group, now))
+    def put(self, group: GroupT, since: float) -> None:
+        """Add a group of samples that arrived at a time."""
+        self._groups.append((group, since))
         self._count += len(group)
 
     def take(self, at_most: int) -> GroupT:

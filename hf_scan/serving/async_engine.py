@@ -21,16 +21,16 @@ class AsyncEngine:
     together, in front of each stage anew, as in [`~AdaptiveStreamMixin.predict_adaptive_stream`]: an easy image does
     not wait for a hard one, and an answer is the one that the image gets alone.
 
-    A stage runs when `batch_size` images wait in front of it or one has waited there for `max_wait_ms`. Stages run in
-    one thread; callers may be in any event loops.
+    A stage runs when `batch_size` images wait in front of it, or one that has waited in the engine for `max_wait_ms`.
+    Stages run in one thread; callers may be in any event loops.
 
     Args:
         model ([`ScanForImageClassification`] or [`~hf_scan.runtime.ORTScanForImageClassification`]):
             The model. Its exit configuration is read once, when the engine is made.
         batch_size (`int`, *optional*, defaults to 16): Images with which a stage is run.
         max_wait_ms (`float`, *optional*, defaults to 2.0):
-            Milliseconds for which an image waits for others in front of a stage. At 0 a stage runs whenever the engine
-            is free.
+            Milliseconds for which an image waits for others, once and not in front of each stage anew. At 0 a stage
+            runs whenever the engine is free.
         max_queue (`int`, *optional*, defaults to 1024): Images that are worked on or wait at the same time.
         on_full (`str`, *optional*, defaults to `"wait"`):
             What to do when there are as many: `"wait"` lets the caller wait, `"raise"` raises [`QueueFull`].

@@ -20,7 +20,7 @@ class Worker:
     Args:
         network ([`ServedNetwork`]): The network.
         batch_size (`int`): Samples with which a stage is run.
-        max_wait (`float`): Seconds for which a sample waits for others in front of a stage.
+        max_wait (`float`): Seconds for which a sample waits for others.
         max_queue (`int`): Requests that are worked on at the same time.
         metrics ([`EngineMetrics`]): Counts what is done.
     """
@@ -125,8 +125,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while (index := self._next_stage()) is not None:
-                now = time.monotonic()
-                self._end([self._result(found, now) for found in self._scheduler.step(index, now)])
+                self._end([self._result(found) for found in self._scheduler.step(index)])
         except BaseException as error:  # a bug, or the interpreter goes down: nobody must wait for ever
             with self._condition:
                 self._stopped = error
@@ -190,7 +189,7 @@ class Worker:
             staying += [] if stay is None else [stay]
         return results, staying[0].join(staying) if staying else None
 
-    def _result(self, found: Row | tuple[int, Exception], now: float) -> tuple[int, Answer | Exception]:
+    def _result(self, found: Row | tuple[int, Exception]) -> tuple[int, Answer | Exception]:
         if not isinstance(found, Row):
             return found
         if found.exit_index < 0:

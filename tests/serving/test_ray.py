@@ -1,0 +1,217 @@
+"""The classes for Ray: called as they are, and, marked slow, by a Ray of this machine."""
+
+import asyncio
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import hf_scan
+from hf_scan.ray import ScanPredictor, written_ids
+
+from .test_server import expected_answers, picture
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def rows_of(blocks) -> dict[str, tuple]:
+    """Answers by id, each of which must be there once."""
+    rows = [row for block in blocks for row in zip(*(block[name].tolist() for name in NAMES))]
+    found = {row[0]: row[1:] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+NAMES = ("id", "label", "exit_index", "confidence")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[bytes]:
+    return [picture(number) for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, pictures):
+    answers = expected_answers(checkpoint, pictures)
+    return {f"{n}.png": (one["label"], one["exit_index"], one["confidence"]) for n, one in enumerate(answers)}
+
+
+def block_of(pictures, wrap=lambda content: content) -> dict[str, np.ndarray]:
+    images = np.empty(len(pictures), dtype=object)
+    images[:] = [wrap(content) for content in pictures]
+    return {"path": np.array([f"{number}.png" for number in range(len(pictures))]), "bytes": images}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "exported"])
+def test_a_block_is_answered_as_images_are_alone(kind, request, pictures, expected):
+    predictor = ScanPredictor(str(request.getfixturevalue(kind)), batch_size=5)
+    assert rows_of(predictor(block_of(pictures))) == expected
+    assert len({exit_index for _, exit_index, _ in expected.values()}) > 1
+    in_dictionaries = block_of(pictures, lambda content: {"bytes": content, "path": None})
+    assert rows_of(predictor(in_dictionaries)) == expected
+    pixels = block_of(pictures, lambda content: np.asarray(predictor.read.decode(content)))
+    assert rows_of(predictor(pixels)) == expected
+    stacked = {**pixels, "bytes": np.stack(list(pixels["bytes"]))}  # as Arrow's tensors come
+    assert rows_of(predictor(stacked)) == expected
+    assert list(predictor({name: column[:0] for name, column in pixels.items()})) == []
+
+
+def test_what_is_no_image_is_skipped_or_raised(checkpoint, pictures, expected):
+    block = block_of([*pictures[:7], b"none", pictures[8]])
+    with pytest.raises(ValueError, match=r"The image '7.png' cannot be read: The 4 bytes are no image"):
+        list(ScanPredictor(str(checkpoint), batch_size=4)(block))
+    found = rows_of(ScanPredictor(str(checkpoint), batch_size=4, on_error="skip")(block))
+    label, exit_index, confidence = found.pop("7.png")
+    assert (label, exit_index, np.isnan(confidence)) == (None, -1, True)
+    assert found == {name: expected[name] for name in found}
+    assert len(found) == 8
+    with pytest.raises(ValueError, match="is a str; expected the bytes"):
+        list(ScanPredictor(str(checkpoint))({"path": ["a"], "bytes": ["a.png"]}))
+
+
+def test_columns_and_settings_that_there_are_not(checkpoint):
+    with pytest.raises(ValueError, match=r"has the columns \['image', 'path'\], and no 'bytes'"):
+        list(ScanPredictor(str(checkpoint))({"path": [], "image": []}))
+    with pytest.raises(ValueError, match="`on_error` is 'ignore'"):
+        ScanPredictor(str(checkpoint), on_error="ignore")
+    with pytest.raises(OSError, match="none"):
+        ScanPredictor("no/such/none")
+
+
+def test_written_ids_leave_out_what_is_damaged(tmp_path):
+    assert written_ids(tmp_path / "none") == frozenset()
+    pq.write_table(pa.table({"id": ["a", "b"], "label": ["x", "y"]}), tmp_path / "1.parquet")
+    (tmp_path / "2.parquet").write_bytes((tmp_path / "1.parquet").read_bytes()[:-9])
+    assert written_ids(tmp_path) == {"a", "b"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.parquet", "2.parquet.damaged"]
+
+
+def test_the_module_does_not_shadow_the_package():
+    code = "import hf_scan.ray, sys; print('ray' in sys.modules, hf_scan.ray.ScanPredictor.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "ScanPredictor"]
+
+
+@pytest.fixture(scope="session")
+def ray_() -> ModuleType:
+    """A Ray of this machine. Four CPUs are logical: with two, two actors leave none for reading."""
+    ray = pytest.importorskip("ray")
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as sockets lie in it
+    # The processes import what this one does, and ask nobody.
+    paths = os.pathsep.join(filter(None, [str(Path(hf_scan.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    os.environ.update(RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=paths)
+    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=place, object_store_memory=150 << 20, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def folder(tmp_path, pictures) -> Path:
+    for number, content in enumerate(pictures):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number}.png").write_bytes(content)
+    return tmp_path / "photos"
+
+
+def classified(ray, folder, predictor, checkpoint, actors=2, **kwargs):
+    images = ray.data.read_binary_files(str(folder), include_paths=True, override_num_blocks=8)
+    return images.map_batches(
+        predictor,
+        fn_constructor_kwargs={"model": str(checkpoint), "batch_size": 2, **kwargs},
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        batch_size=None,
+    )
+
+
+def by_name(rows) -> dict[str, tuple]:
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {Path(row["id"]).name: (row["label"], row["exit_index"], row["confidence"]) for row in rows}
+
+
+@pytest.mark.slow
+def test_two_actors_answer_each_image_once(ray_, folder, checkpoint, expected):
+    class WithProcess(ScanPredictor):
+        def __call__(self, block):
+            for answers in super().__call__(block):
+                yield {**answers, "process": np.full(len(answers["id"]), os.getpid())}
+
+    rows = classified(ray_, folder, WithProcess, checkpoint).take_all()
+    assert by_name(rows) == expected
+    processes = {row["process"] for row in rows}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
+@pytest.mark.slow
+def test_a_killed_actor_loses_no_row(ray_, folder, checkpoint, expected, tmp_path):
+    marker = tmp_path / "killed"
+
+    class Mortal(ScanPredictor):
+        def __call__(self, block):
+            for answers in super().__call__(block):
+                yield answers
+                if not marker.exists():
+                    marker.touch()
+                    os._exit(1)  # in the middle of a block
+
+    assert by_name(classified(ray_, folder, Mortal, checkpoint).take_all()) == expected
+    assert marker.exists()
+
+
+@pytest.mark.slow
+def test_the_example_resumes(ray_, folder, checkpoint, expected, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import ray_batch
+    finally:
+        sys.path.pop(0)
+    given = ["--model", str(checkpoint), "--input", str(folder), "--output", str(tmp_path / "answers")]
+    monkeypatch.setattr(sys, "argv", ["ray_batch.py", *given, "--actors", "1"])
+    moved = folder / "3.png"
+    moved.rename(tmp_path / "3.png")
+    ray_batch.main()
+    assert len(pq.read_table(tmp_path / "answers")) == len(expected) - 1
+    (tmp_path / "3.png").rename(moved)
+    (folder / "broken.png").write_bytes(b"none")
+    files = set((tmp_path / "answers").iterdir())
+    ray_batch.main()
+    rows = pq.read_table(tmp_path / "answers").to_pylist()
+    (broken,) = (row for row in rows if row["id"].endswith("broken.png"))
+    assert (broken["label"], broken["exit_index"]) == (None, -1)
+    assert by_name([row for row in rows if row != broken]) == expected
+    assert files < set((tmp_path / "answers").iterdir())
+
+
+@pytest.mark.slow
+def test_the_deployment_answers(ray_, checkpoint, pictures, expected):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import ray_serve
+    finally:
+        sys.path.pop(0)
+    from ray import serve
+
+    serve.start(http_options={"location": "NoServer"})
+    handle = serve.run(ray_serve.Classifier.bind(str(checkpoint)), route_prefix=None)
+
+    async def ask_all():
+        return await asyncio.gather(*(handle.remote(content) for content in [*pictures, b"none"]))
+
+    *answers, refused = asyncio.run(ask_all())
+    serve.shutdown()
+    found = {f"{n}.png": (one["label"], one["exit_index"], one["confidence"]) for n, one in enumerate(answers)}
+    assert found == expected
+    assert "no image" in refused["error"]
