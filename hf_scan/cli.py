@@ -252,6 +252,22 @@ def _serve(arguments: list[str]) -> Any:
     return {"model": given.model}
 
 
+def _demo(arguments: list[str]) -> Any:
+    parser = _parser("demo", "--model runs/quickstart")
+    parser.add_argument("--model", required=True, help="a trained network: a folder, or a repository on the Hub")
+    parser.add_argument(
+        "--data", help="a folder of images, a folder for each class, to show and to find thresholds on"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: 7860)")
+    given = parser.parse_args(arguments)
+    import_module("hf_scan.extras").require_extra("demo", "The demo")
+    page = import_module("hf_scan.demo.page")
+    blocks = page.build_page(given.model, given.data)
+    page.launch_page(blocks, server_name=given.host, server_port=given.port)
+    return {"model": given.model}
+
+
 def _load(name: str, threads: int | None = None) -> Any:
     """Return a network, or the engine of one that was exported, with so many threads."""
     if Path(name, "onnx").is_dir():
@@ -274,6 +290,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     "export": ("Export a network to ONNX, for runtimes without PyTorch.", _export),
     "predict": ("Classify images, each by the first exit that is confident enough.", _predict),
     "serve": ("Classify images over HTTP, each caller answered as soon as the image exits.", _serve),
+    "demo": ("Show in the browser where images leave a network, and what that saves.", _demo),
 }
 
 
