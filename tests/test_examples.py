@@ -22,6 +22,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
+from hf_scan.demo.network import DemoNetwork, int8_folder
+from hf_scan.runtime import ORTScanForImageClassification
 from hf_scan.workflows.recipes import parse_arguments
 from hf_scan.workflows.verdict import Verdict
 
@@ -304,14 +306,22 @@ def test_quickstart(tmp_path):
     assert metrics["splits"] == {"train": 1005, "search": 252, "test": 540}
     assert {file.name for file in folder.iterdir()} == {
         *("README.md", "attention.png", "config.json", "exit_config.json", "exits.png", "metrics.json"),
-        *("model.safetensors", "preprocessor_config.json"),
+        *("model.safetensors", "preprocessor_config.json", "frontier.json", "int8", "samples"),
     }
-    # The last process has loaded the folder and answered.
-    assert "the same as a picture in" in output
-    assert "speed-up realised, batch 64" in output
+    # Another process has loaded the folder and answered; then come the results, and what to do with them.
+    end = output[output.index("More of them are in") :]
+    assert "| adaptive " in end
+    assert "images leave at  " in end
+    assert re.search(r"^\| PyTorch +(\| +\d+\.\d\dx ){3}\|$", end, re.MULTILINE)
+    assert len(end.splitlines()) < 35
+    demo = DemoNetwork(str(folder))
+    assert (demo.frontier.samples, int8_folder(str(folder))) == (252, "int8")
+    assert 16 <= len(demo.samples) <= 24
+    exported = ORTScanForImageClassification.from_pretrained(folder, subfolder="int8")
+    assert exported.exit_config.thresholds is not None
     deployed = [(row["precision"], row["batch_size"]) for row in metrics["onnx_runtime"]]
     assert deployed == [("float32", 1), ("float32", 64), ("INT8", 1), ("INT8", 64)]
-    assert output.count("speed-up in ONNX Runtime") == 4
+    assert end.count("| ONNX Runtime, ") == 2
     adaptive = next(row for row in metrics["rows"] if row["name"] == "adaptive")["accuracy"]
     assert metrics["onnx_runtime"][0]["accuracy"] == pytest.approx(adaptive, abs=0.005)
     rows = metrics["rows"]

@@ -188,6 +188,34 @@ def _aligned(text: str, width: int, index: int) -> str:
     return text.rjust(width) if index else text.ljust(width)
 
 
+def shares_line(report: Mapping[str, Any], width: int = 60) -> str:
+    """
+    Return where images leave, as a bar of one line with a letter for each exit, and a line that explains it.
+
+    Args:
+        report (`Mapping[str, Any]`): A result of [`exit_report`], of a network with thresholds.
+        width (`int`, *optional*, defaults to 60): Characters of the bar.
+
+    Example:
+
+    ```python
+    >>> from hf_scan.reporting.report import shares_line
+
+    >>> rows = [{"name": "exit 0 (layer1)", "share": 0.75}, {"name": "ensemble", "share": 0.25}]
+    >>> print(shares_line({"rows": rows}, width=8))
+    images leave at  000000ee
+                     exit 0 (layer1) 75.0%, ensemble 25.0%
+    ```
+    """
+    rows = [row for row in report["rows"] if row.get("share")]
+    ends = [round(width * sum(row["share"] for row in rows[: index + 1])) for index in range(len(rows))]
+    letters = [row["name"].removeprefix("exit ")[0] for row in rows]
+    bar = "".join(letter * (end - start) for letter, start, end in zip(letters, [0, *ends], ends))
+    title = "images leave at  "
+    key = ", ".join(f"{row['name']} {row['share']:.1%}" for row in rows)
+    return f"{title}{bar}\n{' ' * len(title)}{key}"
+
+
 def speedup_lines(report: Mapping[str, Any]) -> list[str]:
     """Return the speed-ups of a report, one a line."""
     return [f"speed-up {name}: {value:.2f}x" for name, value in report["speedup"].items()]
