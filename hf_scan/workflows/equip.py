@@ -229,6 +229,7 @@ class _Run:
         """Print how long the run will take, from a few training steps' time."""
         wide.freeze_backbone()
         wide.train()
+        wide.training_recorded = True  # no weight changes here, so nothing was trained on these images
         seconds = 0.0
         for rows in (range(4), range(4, 12)):  # the first warms up
             start = time.monotonic()
@@ -236,6 +237,7 @@ class _Run:
             sum(logits.square().mean() for logits in wide(batch["pixel_values"]).exit_logits).backward()
             seconds = (time.monotonic() - start) / len(rows)
         wide.zero_grad()
+        wide.training_recorded = False
         arguments = self.arguments
         epochs = arguments.search_epochs + arguments.epochs * (3 if arguments.finetune else 0.7)
         held_out = sum(len(self.splits[name]) for name in self.splits if name != "train")

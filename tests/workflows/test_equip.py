@@ -68,6 +68,9 @@ def test_what_it_writes_is_whole(made, photos, weights):
     model = AutoModelForImageClassification.from_pretrained(output).eval()
     assert model.config.id2label == {0: "cat", 1: "dog"}
     assert model.exit_config.fallback == "deepest"
+    # The weights' own images are not known; those of the heads are.
+    unknown = [part for part in model.exit_config.trained_on.split("; ") if part.startswith("unknown")]
+    assert unknown == ["unknown: weights of cifar.safetensors"]
     assert model.exit_config.search["max_accuracy_drop"] == 20
     source = timm.create_model("cifar_resnet20", num_classes=5)
     source.load_state_dict({**source.state_dict(), **_load(weights)})
