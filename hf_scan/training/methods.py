@@ -48,6 +48,23 @@ def stage_parameters(model: Any) -> list[list[nn.Parameter]]:
     return found
 
 
+def separate_heads(optimizer: torch.optim.Optimizer, heads: nn.Module, learning_rate: float) -> None:
+    """
+    Give the early exits a learning rate of their own: fresh heads on a trained backbone need one that would spoil it.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Of the whole network. Its groups are divided; other settings stay.
+        heads (`nn.Module`): The heads.
+        learning_rate (`float`): The learning rate from which the schedule starts.
+    """
+    own = {id(parameter) for parameter in heads.parameters()}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in own]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+
+
 def survivor_weights(exit_logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """
     Return how much each sample counts at each exit: the more, the less confident the exits before it are, as samples
@@ -85,4 +102,4 @@ def _divided(exits: int, gradient: torch.Tensor) -> torch.Tensor:
     return gradient / exits
 
 
-__all__ = ["gradient_equilibrium", "stage_parameters", "survivor_weights"]
+__all__ = ["gradient_equilibrium", "separate_heads", "stage_parameters", "survivor_weights"]

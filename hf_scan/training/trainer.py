@@ -40,7 +40,7 @@ from .checkpoints import CheckedTrainer
 from .collation import check_distributions, collate_rows, rows_with_indices
 from .hyperparameters import check_trial, default_objective
 from .losses import SelfDistillationLoss, weights_per_exit
-from .methods import gradient_equilibrium, survivor_weights
+from .methods import gradient_equilibrium, separate_heads, survivor_weights
 from .output_dirs import named_full_disk
 from .training_args import ScanTrainingArguments
 
@@ -245,6 +245,13 @@ class ScanTrainer(CheckedTrainer):
                 return super()._inner_training_loop(*args, **kwargs)
         finally:
             self.model.training_recorded = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given and self.args.head_learning_rate is not None:
+            separate_heads(optimizer, (model or self.model).exit_heads, self.args.head_learning_rate)
+        return optimizer
 
     def _train_rows(self) -> Any:
         rows = self.train_dataset

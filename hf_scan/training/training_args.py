@@ -71,6 +71,9 @@ class ScanTrainingArguments(TrainingArguments):
         survivor_weighting (`bool`, *optional*, defaults to `False`):
             Whether a sample counts less at an exit the more confident the exits before it are; see
             [`~hf_scan.training.methods.survivor_weights`].
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the early exits, from which the same schedule starts. Defaults to `learning_rate`. Fresh
+            heads on a trained backbone learn at ten times its rate.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether to train the early exits only, which leaves the deepest exit's logits as they are.
 
@@ -115,6 +118,9 @@ class ScanTrainingArguments(TrainingArguments):
     )
     survivor_weighting: bool = field(
         default=False, metadata={"help": "Count a sample less where earlier exits are confident about it."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the early exits. Defaults to that of the backbone."}
     )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the early exits only; the deepest exit's logits stay as they are."}
@@ -162,6 +168,8 @@ class ScanTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}; expected a number from 0 to 1."
             )
+        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < math.inf:
+            raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}; expected a number above 0.")
         for name in ("distillation_warmup_steps", "backbone_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(

@@ -103,7 +103,32 @@ def test_the_backbone_trains_alone_first(tmp_path):
     assert any(not torch.equal(value, states(joint)[0][name]) for name, value in heads.items())
 
 
-METHODS = {"gradient_equilibrium": True, "survivor_weighting": True, "backbone_steps": 2}
+def test_heads_have_a_learning_rate_of_their_own(tmp_path):
+    """In one step of gradient descent, each parameter moves by its own rate times its gradient."""
+    model = fresh_model()
+    moves = {}
+    for rate in (None, 0.5):
+        trained = copy.deepcopy(model)
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        args = arguments(tmp_path, head_learning_rate=rate, lr_scheduler_type="constant", **settings)
+        trainer = ScanTrainer(trained, args, train_dataset=rows(8))
+        trainer.train()
+        groups = trainer.optimizer.param_groups
+        held = [id(parameter) for group in groups for parameter in group["params"]]
+        assert sorted(held) == sorted(id(parameter) for parameter in trained.parameters())  # each once
+        before = dict(model.named_parameters())
+        moves[rate] = {name: value.detach() - before[name].detach() for name, value in trained.named_parameters()}
+    for name, move in moves[0.5].items():
+        times = 5 if name.startswith("exit_heads") else 1
+        torch.testing.assert_close(move, times * moves[None][name], rtol=1e-3, atol=1e-6)
+
+
+METHODS = {
+    "gradient_equilibrium": True,
+    "survivor_weighting": True,
+    "backbone_steps": 2,
+    "head_learning_rate": 0.01,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
