@@ -1,12 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-transformers test-lower wheel lint style docs clean
+.PHONY: help quickstart test test-chaos test-transformers test-lower wheel lint style docs clean
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 # Two files of tests at a time, on a thread each: most of the time they wait for processes that they start.
 PARALLEL := --numprocesses 2 --dist loadfile
-test test-transformers test-lower: export OMP_NUM_THREADS ?= 1
+test test-chaos test-transformers test-lower: export OMP_NUM_THREADS ?= 1
 # Nothing below talks to the Hub.
 export HF_HUB_OFFLINE ?= 1
 
@@ -30,6 +30,9 @@ quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, s
 
 test: $(STAMP)   ## Run the tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+test-chaos: $(STAMP) ## Kill runs, mutate configurations and share a network among threads: half an hour
+	$(VENV)/bin/python -m pytest -m slow --capture no tests/chaos
 
 test-transformers: $(STAMP) ## Run Transformers' own tests of models and configurations, which it downloads
 	$(VENV)/bin/python -m pip install --quiet parameterized

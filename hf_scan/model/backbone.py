@@ -7,6 +7,7 @@ import timm
 from timm.data import resolve_data_config
 
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
+from .named_errors import shown
 from .weight_files import limited_tensors, most_tensors
 
 
@@ -64,7 +65,8 @@ def create_timm_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any
     except NOT_MADE as error:
         said = str(error) if isinstance(error, (RuntimeError, TypeError)) and str(error) else repr(error)
         raise ValueError(
-            f"timm cannot make {name!r} with {kwargs}: {said}. Correct the name or `backbone_kwargs`."
+            f"timm cannot make {name!r} with {shown(kwargs, 300)}: {said[:300]}. Correct the name or "
+            "`backbone_kwargs`."
         ) from error
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 # Registers the CIFAR networks with timm. In this form, Transformers sees that a checkpoint with code needs the file.
 from .cifar_backbones import CifarResNet  # noqa: F401
+from .named_errors import shown
 
 
 # A configuration is untrusted data. These arguments would make timm download, read a path or load a pickle. They are
@@ -66,6 +67,8 @@ def _check_no_sources(values: dict[str, Any]) -> None:
 
 
 def _check_numbers(values: dict[str, Any]) -> None:
+    if not isinstance(values.get("num_labels", 2), int):
+        raise ValueError(f"`num_labels` is {shown(values['num_labels'])}; expected a whole number.")
     for name, largest in LARGEST.items():
         value = values.get(name)
         least = 0 if name == "num_labels" else 1  # the network itself asks for two labels
@@ -104,11 +107,24 @@ def _check_dtype(values: dict[str, Any]) -> None:
         value = values.get(name)
         dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
         if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`{name}` is {value!r}; expected a floating-point type of PyTorch such as 'float32'.")
+            raise ValueError(
+                f"`{name}` is {shown(value)}; expected a floating-point type of PyTorch such as 'float32'."
+            )
+
+
+def _check_quantization(values: dict[str, Any]) -> None:
+    settings = values.get("quantization_config")
+    if settings is not None and not isinstance(settings, dict) and not hasattr(settings, "to_dict"):
+        raise ValueError(
+            f"`quantization_config` is {shown(settings)}; expected the settings of a quantisation as a dictionary, or "
+            "none."
+        )
 
 
 def _check_labels(values: dict[str, Any]) -> None:
     names = values.get("id2label")
+    if names == {}:
+        raise ValueError("`id2label` is empty; expected the name of each label. Leave it out to set `num_labels`.")
     if names is not None:
         keys = [str(key) for key in names] if isinstance(names, dict) else []
         if sorted(keys) != sorted(map(str, range(len(keys)))) or not isinstance(names, dict):
@@ -288,6 +304,7 @@ class ScanConfig(PreTrainedConfig):
         _check_numbers(values)
         _check_kernels(values)
         _check_dtype(values)
+        _check_quantization(values)
         _check_labels(values)
         super().__post_init__(**kwargs)
         _check_exit_points(self.exit_points)
@@ -302,9 +319,10 @@ class ScanConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the configuration of a {model_type!r} model, and {cls.__name__} reads those of model_type "
-                f"{cls.model_type!r}. Load it with `AutoConfig` or `AutoModelForImageClassification`."
+                f"This is the configuration of a {shown(model_type)} model, and {cls.__name__} reads those of "
+                f"model_type {cls.model_type!r}. Load it with `AutoConfig` or `AutoModelForImageClassification`."
             )
+        _check_labels(config_dict)  # before older versions of Transformers check their types in other words
         return super().from_dict(config_dict, **kwargs)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .exit_criteria import EXIT_CRITERIA, MEMORYLESS, confidence_of, label_confidence_of
 from .hub_files import check_file_name, find_file
-from .named_errors import named_push_errors, write_whole
+from .named_errors import LONGEST_REASON, named_push_errors, write_whole
 from .problem_type import LABEL_CONFIDENCE
 
 
@@ -373,11 +373,13 @@ class ExitConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise TypeError(f"a {type(values).__name__} stands where an object is expected")
-            json.dumps(values, allow_nan=False)  # which JSON does not know, and Python reads
+            for name, value in values.items():
+                _check_json(name, value)
             return cls.from_dict(values)
         except (TypeError, ValueError, RecursionError, StrictDataclassError) as error:
+            reason = str(error)[:LONGEST_REASON]
             raise ValueError(
-                f"{filename} of {pretrained_model_name_or_path} is not a valid exit configuration: {error} Find "
+                f"{filename} of {pretrained_model_name_or_path} is not a valid exit configuration: {reason} Find "
                 "thresholds anew with `hf_scan.calibrate`, or remove the file."
             ) from error
 
@@ -436,6 +438,14 @@ class ExitConfig:
                 f"`criterion` is the function {self.criterion!r}, which cannot be saved. Set one by name, and pass "
                 "the function to `predict_adaptive`."
             )
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Refuse NaN and infinity, which JSON does not know and Python reads: they could not be saved again."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"`{name}` holds NaN or an infinite number; expected finite ones.") from error
 
 
 def as_exit_config(value: object) -> ExitConfig:

@@ -28,6 +28,8 @@ class MapMean(nn.Module):
     """The mean of a map, as `AdaptiveAvgPool2d(1)`, in one kernel: a third of its time at batch size 1."""
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        if any(isinstance(size, torch.SymInt) for size in feature.shape[-2:]):
+            return feature.mean((-2, -1), keepdim=True)  # `torch.export` cannot solve for the pooling's output size
         return nn.functional.avg_pool2d(feature, feature.shape[-2:])
 
 

@@ -205,7 +205,7 @@ class HubMixin(PreTrainedModel):
                 "the folder that holds it."
             ) from error
         except INVALID as error:
-            if name is None or "unexpected keyword argument" in str(error):
+            if name is None or (isinstance(error, TypeError) and "unexpected keyword argument" in str(error)):
                 raise
             said = " ".join(str(error).split())[:LONGEST_REASON] or "no reason is given"
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -109,10 +109,24 @@ def _names_an_argument(error: Exception) -> bool:
     return isinstance(error, (ValueError, TypeError)) and not answered
 
 
+def shown(value: object, longest: int = 100) -> str:
+    """Return a value as it stands in an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def reason_of(error: BaseException) -> str:
     """Return kind and message of an error, in one line."""
     message = " ".join(str(error).split())[:LONGEST_REASON].rstrip(". ")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-__all__ = ["disk_is_full", "named_download_errors", "named_full_disk", "named_push_errors", "reason_of", "write_whole"]
+__all__ = [
+    "disk_is_full",
+    "named_download_errors",
+    "named_full_disk",
+    "named_push_errors",
+    "reason_of",
+    "shown",
+    "write_whole",
+]

@@ -183,7 +183,7 @@ def test_a_kernel_from_the_hub(checkpoint, name, value):
 @pytest.mark.parametrize("search", ['{"accuracy": NaN}', '{"accuracy": 1e400}'])
 def test_what_could_not_be_saved_again(checkpoint, search):
     (checkpoint / "exit_config.json").write_text(f'{{"thresholds": [0.5, 0.5], "search": {search}}}')
-    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration"):
+    with pytest.raises(ValueError, match=r"exit_config.json of .* is not a valid exit configuration: `search` holds"):
         ScanForImageClassification.from_pretrained(checkpoint)
 
 
@@ -247,6 +247,12 @@ def test_a_network_far_larger_than_its_weights(checkpoint, changes, ignored):
         ({"torch_dtype": {"": "float32"}}, "`torch_dtype` is"),
         ({"id2label": ["cat"]}, "`id2label` is not a dictionary"),
         ({"id2label": {"a": "b"}}, "`id2label` is not a dictionary"),
+        ({"id2label": {}}, "`id2label` is empty; expected the name of each label"),
+        ({"num_labels": "5"}, "`num_labels` is '5'; expected a whole number"),
+        ({"backbone_kwargs": {"block_args": False}}, "timm cannot make .*unexpected keyword argument"),
+        ({"backbone_kwargs": {"act_layer": "x" * 10**5}}, "timm cannot make .*Correct the name or `backbone_kwargs`"),
+        ({"model_type": ["x" * 10**5]}, "This is the configuration of a .* of model_type 'scan'"),
+        ({"quantization_config": []}, r"`quantization_config` is \[\]; expected the settings"),
         ({"id2label": {"0": {}, "1": "b"}}, "`id2label` holds a label that is no text"),
         ({"label2id": {"a": []}}, "`label2id` is not a dictionary"),
         ({"preprocessing": {"mean": "x"}}, "'mean' as 'x'; expected a list"),
@@ -257,7 +263,7 @@ def test_a_network_far_larger_than_its_weights(checkpoint, changes, ignored):
         ({"preprocessing": {"crop_mode": []}}, r"'crop_mode' as \[\]; expected one of"),
         ({"preprocessing": [3]}, "'preprocessing'"),
         ({"exit_points": [[]]}, "'exit_points'"),
-        ({"exit_points": ["layer1"] * 10**5}, "`exit_points` is"),
+        ({"exit_points": ["layer1"] * 10**5}, "`exit_points` has 100000 entries"),
         ({"quantization_config": 3}, "describes no network"),
     ],
     ids=lambda value: str(value)[:60],

@@ -529,3 +529,23 @@ def test_weights_without_a_checkpoint():
     heads = {name: value for name, value in model.state_dict().items() if name.startswith("exit_heads.")}
     with pytest.raises(ValueError, match="The weights of `state_dict` lack"):
         ScanForImageClassification.from_pretrained(None, config=model.config, state_dict=heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("cifar_resnet20", 32), pytest.param("test_resnet", 96, marks=pytest.mark.slow)]
+)
+def test_torch_export_with_any_height_and_width(name, size):
+    """
+    As users of Transformers export a model: PyTorch finds the ranges of the sizes. (It takes a height that is equal to
+    a number of channels in the example for one that has to be.)
+    """
+    model = random_scan_model(backbone=name, image_size=size)
+    any_size = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    images = torch.randn(2, 3, size, size)
+    exported = torch.export.export(
+        model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": any_size}
+    ).module()
+    for shape in ((3, 3, size + 32, size + 64), (1, 3, size, size)):
+        others = torch.randn(*shape)
+        for found, expected in zip(exported(pixel_values=others).exit_logits, model(others).exit_logits):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
