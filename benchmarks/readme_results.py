@@ -10,6 +10,7 @@ black.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ PICTURE = ROOT / "docs" / "images" / "results.svg"
 START, END = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
 
 # Readable on white and on black, and told apart by colour-blind readers.
-GREY, COLOUR = "#7d8590", "#2f81f7"
+GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f")
 
 
 def load_rows() -> list[dict[str, Any]]:
@@ -87,35 +88,50 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Milliseconds for single images, plain and adaptive, a line for each runtime, with both accuracies."""
-    single = [row for row in rows if row["batch_size"] == 1 and "plain_ms" in row]
-    left, right, top, step = 190, 700, 44, 52
-    bottom = top + step * len(single)
-    slowest = max(row["plain_ms"] for row in single)
-    scale = (right - left) / (1.1 * slowest)
+    """
+    Accuracy over milliseconds for single images of the first network: a line from the plain network to the adaptive
+    answers, for each runtime.
+    """
+    single = [row for row in rows if row["batch_size"] == 1 and row["network"] == rows[0]["network"]]
+    ends = [[(row[f"{form}_ms"], 100 * row[f"{form}_accuracy"]) for form in ("plain", "adaptive")] for row in single]
+    slowest = max(milliseconds for line in ends for milliseconds, _ in line)
+    accuracies = [accuracy for line in ends for _, accuracy in line]
+    low, high = math.floor(min(accuracies)) - 1, min(100, math.ceil(max(accuracies) + 0.5))
+    left, right, top, bottom = 64, 690, 30, 250
+
+    def place(milliseconds: float, accuracy: float) -> str:
+        x = left + milliseconds / (1.08 * slowest) * (right - left)
+        return f"{x:.1f} {bottom - (accuracy - low) / (high - low) * (bottom - top):.1f}"
+
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 52}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 66 + 24 * len(single)}" role="img" '
         'font-family="system-ui, sans-serif" font-size="15">',
-        "<title>Milliseconds and accuracy for one image, plain and adaptive</title>",
-        f'<path d="M{left} {top - 16}V{bottom}H{right}" stroke="{GREY}" fill="none"/>',
-        f'<g fill="{GREY}"><text x="{right}" y="{bottom + 44}" text-anchor="end">milliseconds for one image</text>',
+        "<title>Accuracy over milliseconds for one image, plain and adaptive</title>",
+        f'<path d="M{left} {top}V{bottom}H{right}" stroke="{GREY}" fill="none"/>',
+        f'<g fill="{GREY}"><text x="{right}" y="{bottom + 40}" text-anchor="end">milliseconds for one image</text>',
+        f'<text x="8" y="{top - 12}">accuracy, %</text>',
     ]
+    for accuracy in range(low, high + 1, max(1, (high - low) // 5)):
+        parts.append(_text(place(0, accuracy), f"{accuracy}", "end", -10, 5))
     for part in range(5):
-        x = left + scale * slowest * part / 4
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{slowest * part / 4:.2f}</text>')
+        parts.append(_text(place(slowest * part / 4, low), f"{slowest * part / 4:.2g}", "middle", 0, 20))
     parts.append("</g>")
-    for index, row in enumerate(single):
-        plain, adaptive = (left + scale * row[f"{form}_ms"] for form in ("plain", "adaptive"))
-        y = top + step * index + 16
-        accuracies = " to ".join(f"{100 * row[f'{form}_accuracy']:.2f}" for form in ("plain", "adaptive"))
+    for index, (row, (plain, adaptive)) in enumerate(zip(single, ends)):
+        colour, y = COLOURS[index % len(COLOURS)], bottom + 70 + 24 * index
+        circles = f'<circle r="6" fill="none" transform="translate({place(*plain)})"/>'
+        circles += f'<circle r="6" fill="{colour}" transform="translate({place(*adaptive)})"/>'
         parts.append(
-            f'<g stroke="{COLOUR}" fill="{COLOUR}"><path d="M{plain:.1f} {y}H{adaptive:.1f}" stroke-width="3"/>'
-            f'<circle cx="{plain:.1f}" cy="{y}" r="6" fill="none" stroke-width="2"/>'
-            f'<circle cx="{adaptive:.1f}" cy="{y}" r="7"/></g>'
-            f'<g fill="{GREY}"><text x="{left - 12}" y="{y + 5}" text-anchor="end">{row["runtime"]}</text>'
-            f'<text x="{min(adaptive, plain):.1f}" y="{y - 13}">{row["speedup"]:.2f}x, {accuracies} %</text></g>'
+            f'<g stroke="{colour}" stroke-width="2.5"><path d="M{place(*plain)}L{place(*adaptive)}"/>{circles}'
+            f'<path d="M{left} {y - 5}h24"/></g>'
+            f'<text x="{left + 34}" y="{y}" fill="{colour}">{row["runtime"]}: {plain[0]:.2f} to {adaptive[0]:.2f} ms, '
+            f"{plain[1]:.2f} to {adaptive[1]:.2f} %, {row['speedup']:.2f}x</text>"
         )
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _text(place: str, text: str, anchor: str, right: float, down: float) -> str:
+    x, y = map(float, place.split())
+    return f'<text x="{x + right:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
 def expected_readme(rows: Sequence[Mapping[str, Any]]) -> str:
