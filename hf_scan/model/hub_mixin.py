@@ -13,19 +13,24 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME, is_peft_available, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .backbone import create_backbone
 from .exit_config import EXIT_CONFIG_NAME, ExitConfig, as_exit_config
-from .hub_files import check_regular_files, checked_downloads, find_file, resolve_revision
+from .hub_files import check_regular_files, checked_downloads, resolve_revision
 from .image_processing_scan import create_image_processor
+from .loading_checks import (
+    check_backbone_is_whole,
+    check_no_adapter,
+    initialise_as_timm,
+    of_these_weights,
+    weights_to_load,
+)
 from .minimal_card import minimal_card
 from .named_errors import named_push_errors
 from .problem_type import for_problem
 from .provenance import join_trained_on, unknown_images
 from .staged_folder import settled_state, staged
 from .weight_files import (
-    SAFETENSORS_DTYPES,
     CheckpointWeights,
     DamagedWeightsError,
     being_loaded,
@@ -39,7 +44,6 @@ from .weight_files import (
 logger = logging.get_logger(__name__)
 
 
-ADAPTER = "adapter_config.json"
 LOAD_ATTEMPTS = 5
 LONGEST_REASON = 1000  # characters; a message may repeat a value of any length
 # What invalid values in a configuration raise in Transformers, timm and PyTorch.
@@ -161,22 +165,22 @@ class HubMixin(PreTrainedModel):
         if name is not None:
             check_shards(name, kwargs.get("subfolder") or "")
             kwargs["revision"] = resolve_revision(name, kwargs.get("revision"), **access)
-            _check_no_adapter(name, kwargs, access)
-        weights = _weights_to_load(name, kwargs, access)
+            check_no_adapter(name, kwargs, access)
+        weights = weights_to_load(name, kwargs, access)
         token = being_loaded.set(weights)
         try:
             model, info = cls._load_weights(name, model_args, kwargs)
         finally:
             being_loaded.reset(token)
-        _check_backbone_is_whole(name, info)
-        _initialise_as_timm(model, [key for key, *_ in info["mismatched_keys"]])
+        check_backbone_is_whole(name, info)
+        initialise_as_timm(model, [key for key, *_ in info["mismatched_keys"]])
         if name is None:
             found = ExitConfig() if exit_config is None else exit_config
         else:
             found = cls._find_exit_config(name, exit_config, model, kwargs, access)
         changed = any(info[kind] for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"))
         given = isinstance(exit_config, (ExitConfig, dict))
-        model.exit_config = _of_these_weights(as_exit_config(found), model, weights, changed and not given)
+        model.exit_config = of_these_weights(as_exit_config(found), model, weights, changed and not given)
         if model.exit_config.thresholds is not None:
             model.exit_config.resolve(model.num_exits)
         return model, info
@@ -381,87 +385,6 @@ def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
-
-
-def _weights_to_load(
-    name: str | os.PathLike[str] | None, kwargs: dict[str, Any], access: dict[str, Any]
-) -> CheckpointWeights:
-    where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
-    # Transformers has fetched the files by the time they are looked for.
-    local = {**access, "local_files_only": True}
-
-    def find() -> list[Path]:
-        return (
-            []
-            if name is None
-            else find_weight_files(lambda file: find_file(name, file, **local, **where), kwargs.get("variant"))
-        )
-
-    return CheckpointWeights(
-        str(name), find, kwargs.get("state_dict"), bool(kwargs.get("ignore_mismatched_sizes", False))
-    )
-
-
-def _check_no_adapter(name: str | os.PathLike[str], kwargs: dict[str, Any], access: dict[str, Any]) -> None:
-    where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
-    if is_peft_available() and find_file(name, ADAPTER, **access, **where) is not None:
-        raise ValueError(
-            f"{name} holds {ADAPTER!r}, by which Transformers would load what that names instead. Adapters are not "
-            "supported; remove the file."
-        )
-
-
-def _check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str, Any]) -> None:
-    missing = sorted(key for key in info["missing_keys"] if key.startswith("backbone."))
-    if missing:
-        raise ValueError(
-            f"The weights of {name or '`state_dict`'} lack {len(missing)} of the backbone's, the first being "
-            f"{missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
-        )
-
-
-@torch.no_grad()
-def _initialise_as_timm(model: PreTrainedModel, keys: list[str]) -> None:
-    """Initialise tensors of the backbone that had another shape as timm does. Transformers knows common layers."""
-    names = [key.removeprefix("backbone.") for key in keys if key.startswith("backbone.")]
-    if not names:
-        return
-    fresh, own = create_backbone(model.config).state_dict(), model.backbone.state_dict()
-    for name in names:
-        own[name].copy_(fresh[name])
-
-
-def _of_these_weights(
-    exit_config: ExitConfig, model: PreTrainedModel, weights: CheckpointWeights, changed: bool
-) -> ExitConfig:
-    """Return an exit configuration without what does not hold for the network that was loaded."""
-    if changed and exit_config.costs is not None:
-        exit_config = exit_config.replace(costs=None)
-    if not exit_config.thresholds:
-        return exit_config
-    if changed:
-        logger.warning(
-            "The network is not the one that was saved, so the checkpoint's thresholds do not belong to it and are "
-            "left out. Find others with `hf_scan.calibrate` once the model is trained."
-        )
-        return exit_config.replace(thresholds=None, temperatures=None)
-    if exit_config.weights is None or not weights.shapes:
-        return exit_config
-    if weights.given is not None:
-        found = model.fingerprint()
-    else:
-        state = model.state_dict()
-        found = weights.fingerprint(state, f"{model.base_model_prefix}.")
-    if found != exit_config.weights:
-        logger.warning(
-            f"The weights of {weights.source} are not those that the thresholds of {EXIT_CONFIG_NAME} were found for, "
-            "which are left out. Find others with `hf_scan.calibrate`."
-        )
-        return exit_config.replace(thresholds=None, temperatures=None)
-    if SAFETENSORS_DTYPES.get(model.dtype) not in weights.dtypes:
-        # The same weights in another type, which are saved under their own fingerprint.
-        return exit_config.replace(weights=model.fingerprint())
-    return exit_config
 
 
 __all__ = ["HubMixin"]
