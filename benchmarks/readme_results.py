@@ -3,9 +3,9 @@
     python benchmarks/readme_results.py           # write both
     python benchmarks/readme_results.py --check   # fail if either is not what the files say
 
-The rows are those of `networks.json`; while that file does not exist, those of `deploy.json`. The picture is an SVG
-written without a library, so that the same results give the same bytes, in colours that are readable on white and on
-black.
+The rows are those of `equip.json`, `networks.json` and `adaptive.json`; while the second does not exist, those of
+`deploy.json` take its place. The picture is an SVG written without a library, so that the same results give the same
+bytes, in colours that are readable on white and on black.
 """
 
 import argparse
@@ -29,11 +29,17 @@ GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f
 
 def load_rows() -> list[dict[str, Any]]:
     """The measured rows, one for each network, runtime and batch size."""
-    file = RESULTS / "networks.json"
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return list(content["rows"] if isinstance(content, dict) else content)
-    return [row for setting in json.loads((RESULTS / "deploy.json").read_text()) for row in _rows_of_deploy(setting)]
+    rows = _read("equip.json")
+    if (RESULTS / "networks.json").is_file():
+        rows += _read("networks.json")
+    else:
+        rows += [row for setting in _read("deploy.json") for row in _rows_of_deploy(setting)]
+    return rows + _read("adaptive.json")
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return rows
 
 
 def _rows_of_deploy(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -90,12 +96,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def picture(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     Accuracy over milliseconds for single images of the first network: a line from the plain network to the adaptive
-    answers, for each runtime.
+    answers, for each runtime, and the exits as they are alone where these were measured.
     """
     single = [row for row in rows if row["batch_size"] == 1 and row["network"] == rows[0]["network"]]
     ends = [[(row[f"{form}_ms"], 100 * row[f"{form}_accuracy"]) for form in ("plain", "adaptive")] for row in single]
-    slowest = max(milliseconds for line in ends for milliseconds, _ in line)
-    accuracies = [accuracy for line in ends for _, accuracy in line]
+    alone = zip(single[0].get("exit_ms", []), single[0].get("exit_accuracies", []))
+    exits = [(milliseconds, 100 * accuracy) for milliseconds, accuracy in alone]
+    slowest = max(milliseconds for line in [*ends, exits] for milliseconds, _ in line)
+    accuracies = [accuracy for line in [*ends, exits] for _, accuracy in line]
     low, high = math.floor(min(accuracies)) - 1, min(100, math.ceil(max(accuracies) + 0.5))
     left, right, top, bottom = 64, 690, 30, 250
 
@@ -116,6 +124,10 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> str:
     for part in range(5):
         parts.append(_text(place(slowest * part / 4, low), f"{slowest * part / 4:.2g}", "middle", 0, 20))
     parts.append("</g>")
+    for exit_ms, accuracy in exits:
+        parts.append(f'<circle r="4" fill="{GREY}" transform="translate({place(exit_ms, accuracy)})"/>')
+    if exits:
+        parts.append(_text(place(*exits[0]), "an exit alone", "start", 10, 5).replace("<text", f'<text fill="{GREY}"'))
     for index, (row, (plain, adaptive)) in enumerate(zip(single, ends)):
         colour, y = COLOURS[index % len(COLOURS)], bottom + 70 + 24 * index
         circles = f'<circle r="6" fill="none" transform="translate({place(*plain)})"/>'
