@@ -161,7 +161,7 @@ AutoModelForImageClassification.from_pretrained({str(checkpoint)!r}, trust_remot
 
 def test_an_adapter_that_names_another_model(checkpoint, tmp_path, monkeypatch):
     """With `peft`, Transformers would load that in place of this."""
-    monkeypatch.setattr("hf_scan.model.hub_mixin.is_peft_available", lambda: True)
+    monkeypatch.setattr("hf_scan.model.loading_checks.is_peft_available", lambda: True)
     ScanForImageClassification.from_pretrained(checkpoint)
     adapter = {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}
     (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
