@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Check and rename columns, and split datasets."""
 
+import math
+from collections import Counter
 from typing import Any
 
 from ..extras import require_extra
@@ -11,6 +13,9 @@ try:
 except ImportError:
     require_extra("train", "`hf_scan.data.columns`")
     raise
+
+
+NAMED = 5  # classes in an error
 
 
 def prepare_columns(dataset: DatasetDict, image_column: str, label_column: str) -> DatasetDict:
@@ -97,6 +102,30 @@ def _check_labels(dataset: DatasetDict, labels: dict[str, list[Any]], label_colu
         )
 
 
+def _check_divisible(dataset: Dataset, share: float) -> None:
+    """Check that both parts of a split can hold an image of each class."""
+    counts = Counter(dataset["labels"])
+    feature = dataset.features["labels"]
+    single = [
+        repr(feature.int2str(label) if isinstance(feature, ClassLabel) else label)
+        for label, count in sorted(counts.items())
+        if count == 1
+    ]
+    if single:
+        named = ", ".join(single[:NAMED]) + (f" and {len(single) - NAMED} more" if len(single) > NAMED else "")
+        raise ValueError(
+            f"{len(single)} of {len(counts)} classes have one image, which cannot be divided: {named}. Add images of "
+            "them, remove them, or put test and search images into splits of their own."
+        )
+    taken = math.ceil(share * len(dataset))
+    if min(taken, len(dataset) - taken) < len(counts):
+        raise ValueError(
+            f"A share of {share} cannot be split off: of {len(dataset)} images it leaves {len(dataset) - taken} and "
+            f"{taken}, and there are {len(counts)} classes; expected at least one image of each class in both parts. "
+            "Use more images or another share."
+        )
+
+
 def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """
     Split a stratified share off, such as held-out images to search thresholds on.
@@ -110,10 +139,12 @@ def split_off(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datas
         `tuple[datasets.Dataset, datasets.Dataset]`: the remaining images, and those split off.
 
     Raises:
-        `ValueError`: if the share is not between 0 and 1, or too small or large for the classes there are.
+        `ValueError`: if the share is not between 0 and 1, or too small or large for the classes there are; if a class
+            has one image, which no share divides.
     """
     if not 0 < share < 1:
         raise ValueError(f"The share of images to split off is {share}; expected a number between 0 and 1.")
+    _check_divisible(dataset, share)
     try:
         parts = dataset.train_test_split(share, seed=seed, stratify_by_column="labels")
     except ValueError as error:

@@ -45,7 +45,8 @@ def read_image_folder(folder: str | Path) -> DatasetDict:
 
     Raises:
         `FileNotFoundError`: if there is no such folder.
-        `ValueError`: if it holds no folders of classes, images beside them, or no images at all.
+        `ValueError`: if it holds no folders of classes, images beside them or beside the folders of splits, or no
+            images at all.
 
     Example:
 
@@ -170,7 +171,28 @@ def _split_folders(root: Path) -> dict[str, Path]:
                 "expected one of them. Rename or move the other."
             )
         found[split] = Path(entry.path)
+    if found:
+        _check_all_in_splits(root, [path.name for path in found.values()])
     return found or {"train": root}
+
+
+def _check_all_in_splits(root: Path, splits: list[str]) -> None:
+    """Refuse images beside the folders of splits, which would be left out."""
+    endings = _endings()
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.name in splits or entry.name.startswith("."):
+            continue
+        loose = entry.is_file() and _is_image(entry.name, endings)
+        if loose or (entry.is_dir() and _holds_any_image(entry.path, endings)):
+            raise ValueError(
+                f"{root} holds images in {entry.name!r} beside the folders of splits {splits}, and they would be left "
+                f"out; expected files such as {root}/{splits[0]}/cat/1.jpg only. Move {entry.name!r} into a split or "
+                "elsewhere."
+            )
+
+
+def _holds_any_image(folder: str, endings: tuple[str, ...]) -> bool:
+    return any(_is_image(name, endings) for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def _files_by_class(folder: Path) -> dict[str, list[str]]:

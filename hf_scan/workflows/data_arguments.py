@@ -86,7 +86,11 @@ class DataArguments:
 def _check_split_names(dataset: str, named: dict[str, str], found: list[str]) -> None:
     for name, split in named.items():
         if split not in found:
-            raise ValueError(f"{dataset} has no split {split!r}; it has {found}. Set `--{name}_split`.")
+            raise ValueError(
+                f"{dataset} has no split {split!r}; it has {found}. Set `--{name}_split`. (Where files or folders are "
+                "called as splits, `datasets` takes their names for splits; a folder `train` with a folder for each "
+                "class is read as it stands.)"
+            )
         for other, same in named.items():
             if other != name and split == same:
                 raise ValueError(

@@ -88,12 +88,25 @@ class ModelArguments:
         return target or {"beta": self.beta, "seed": seed}
 
 
+# Arguments of timm that a run sets by itself, without a flag of their own.
+SET_BY_THE_RUN = {
+    "num_classes": "a run has the classes of its images",
+    "in_chans": "a run turns all images into three channels, and only `ScanConfig(num_channels=...)` takes others",
+}
+
+
+def _backbone_kwargs(text: str) -> dict[str, Any]:
+    found = parse_json(text, "`--backbone_kwargs`", """expected arguments for timm such as '{"depth": 6}'""")
+    for name, reason in SET_BY_THE_RUN.items():
+        if name in found:
+            raise ValueError(f"`--backbone_kwargs` names {name!r}, which is not expected: {reason}. Leave it out.")
+    return found
+
+
 def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClassification:
     """Return the network, with new weights or with those that are asked for."""
     settings: dict[str, Any] = {
-        "backbone_kwargs": parse_json(
-            network.backbone_kwargs, "`--backbone_kwargs`", """expected arguments for timm such as '{"depth": 6}'"""
-        ),
+        "backbone_kwargs": _backbone_kwargs(network.backbone_kwargs),
         "exit_points": [int(point) if point.isdigit() else point for point in network.exit_points or []] or None,
         "attention_type": network.attention_type,
         "classifier_type": network.classifier_type,

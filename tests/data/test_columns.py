@@ -67,7 +67,14 @@ def test_splits_are_disjoint_stratified_and_seeded():
     assert list(split_off(rows, 0.2, seed=2)[1]["id"]) != list(taken["id"])
 
 
-@pytest.mark.parametrize(("share", "message"), [(1.5, "expected a number between 0 and 1"), (0.01, "cannot be split")])
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (1.5, "expected a number between 0 and 1"),
+        (0.01, "leaves 39 and 1, and there are 4 classes"),
+        (0.95, "leaves 2 and 38"),
+    ],
+)
 def test_bad_shares(share, message):
     with pytest.raises(ValueError, match=message):
         split_off(pictures().pop("train").rename_column("fine_label", "labels"), share, seed=0)
@@ -94,3 +101,10 @@ def test_an_empty_split():
     rows = pictures()["train"]
     with pytest.raises(ValueError, match="The 'test' split is empty"):
         prepare_columns(DatasetDict(train=rows, test=rows.select([])), "img", "fine_label")
+
+
+def test_classes_of_one_image_are_named():
+    rows = pictures().pop("train").rename_column("fine_label", "labels")
+    single = rows.select([*range(0, 40, 4), 1, 3, *range(2, 40, 4)])  # of "c1" and "c3"
+    with pytest.raises(ValueError, match=r"2 of 4 classes have one image, which cannot be divided: 'c1', 'c3'\. Add"):
+        split_off(single, 0.2, seed=0)

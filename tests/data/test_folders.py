@@ -79,3 +79,15 @@ def test_splits_for_a_model_share_no_images(tmp_path, model):
     digests = np.concatenate([sample_digests(rows) for rows in splits.values()])
     assert len(np.unique(digests)) == 46
     assert splits["train"][0]["pixel_values"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("place", ["dog/1.png", "1.png", "test/1.png"])
+def test_images_beside_the_folders_of_splits_are_not_left_out(tmp_path, place):
+    write_images(tmp_path / "train" / "cat" / "1.png", tmp_path / place)
+    name = place.split("/")[0]
+    with pytest.raises(ValueError, match=rf"holds images in '{name}' beside the folders of splits \['train'\]"):
+        read_image_folder(tmp_path)
+    (tmp_path / place).unlink()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.txt").write_text("")
+    assert list(read_image_folder(tmp_path)) == ["train"]

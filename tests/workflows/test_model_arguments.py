@@ -86,3 +86,16 @@ def test_a_module_of_the_user_is_imported_first(tmp_path, monkeypatch):
     check_network(ModelArguments(backbone="resnet_of_mine", import_module="networks_of_mine"))
     with pytest.raises(ModuleNotFoundError):
         check_network(ModelArguments(import_module="networks_of_nobody"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('{"in_chans": 1}', "names 'in_chans', which is not expected: a run turns all images into three channels"),
+        ('{"num_classes": 3}', "names 'num_classes', which is not expected: a run has the classes of its images"),
+        ("{'depth': 6}", "cannot be read as JSON .*; expected arguments for timm"),
+    ],
+)
+def test_arguments_that_no_flag_takes(given, said):
+    with pytest.raises(ValueError, match=rf"`--backbone_kwargs` {said}"):
+        create_model(ModelArguments(backbone="cifar_resnet20", backbone_kwargs=given), ["a", "b"])
