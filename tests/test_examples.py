@@ -23,6 +23,7 @@ from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.data import eval_transform
 from hf_scan.demo.network import DemoNetwork, int8_folder
+from hf_scan.reporting.saved_frontier import SavedFrontier
 from hf_scan.runtime import ORTScanForImageClassification
 from hf_scan.workflows.recipes import parse_arguments
 from hf_scan.workflows.verdict import Verdict
@@ -99,6 +100,7 @@ def check_output(folder: Path, processes: int = 1) -> dict:
     assert card.data.eval_results
     assert "(frontier.png)" in card.text
     assert PILImage.open(folder / "frontier.png").width > 300
+    assert SavedFrontier.load(folder / "frontier.json").samples == 24
     assert not (folder / "training_args.bin").exists()  # which would hold a token, if there was one
     return metrics
 
@@ -351,6 +353,7 @@ def test_calibrate(dataset_folder, tmp_path):
     assert Verdict(**verdict).answer in ("pays", "may pay", "does not pay")
     assert str(Verdict(**verdict)) in output.splitlines()
     assert (folder / "checkpoint-20").is_dir()
+    assert SavedFrontier.load(folder / "frontier.json").unit.startswith("milliseconds, measured in batches of 2")
     for name in ("frontier.png", "exits.png", "reliability.png", "training.png"):
         assert PILImage.open(folder / name).width > 300
     after = json.loads((folder / "metrics.json").read_text())

@@ -5,12 +5,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 
+from ..costs.cost_model import CostModel
 from ..model.exit_config import ExitConfig
+
+
+if TYPE_CHECKING:
+    from ..calibration.exit_table import ExitTable
+    from ..calibration.frontier import Frontier
 
 
 FRONTIER_NAME = "frontier.json"
@@ -58,7 +64,9 @@ class SavedFrontier:
             )
 
     @classmethod
-    def of(cls, table: Any, exit_config: ExitConfig, cost_model: Any) -> "SavedFrontier":
+    def of(
+        cls, table: "ExitTable", exit_config: ExitConfig, cost_model: CostModel, frontier: "Frontier | None" = None
+    ) -> "SavedFrontier":
         """
         Find the frontier of a network on images that are scored already.
 
@@ -66,6 +74,7 @@ class SavedFrontier:
             table ([`~hf_scan.calibration.ExitTable`]): Every exit's logits on a split that training did not see.
             exit_config ([`ExitConfig`]): Criterion, temperatures and fallback.
             cost_model ([`~hf_scan.costs.CostModel`]): The cost of an answer.
+            frontier ([`~hf_scan.calibration.Frontier`], *optional*): That of the table, where it is known already.
 
         Returns:
             [`SavedFrontier`]: of at most 200 policies, spread evenly.
@@ -73,7 +82,9 @@ class SavedFrontier:
         from ..calibration.exit_frontier import exit_frontier
         from ..calibration.frontier import as_thresholds
 
-        found = exit_frontier(table, exit_config, cost_model.cumulative, polish=False)
+        found = frontier
+        if found is None:
+            found = exit_frontier(table, exit_config, cost_model.cumulative, polish=False)
         rows = np.unique(np.linspace(0, len(found) - 1, min(KEPT_POLICIES, len(found)), dtype=int))
         return cls(
             accuracy=found.accuracy[rows].tolist(),

@@ -25,6 +25,7 @@ from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.model_card import create_model_card
 from ..reporting.plotting import plot_exit_shares, plot_frontier, plot_reliability
 from ..reporting.report import exit_report, exit_table
+from ..reporting.saved_frontier import SavedFrontier
 from ..training.output_dirs import lock_output_folder, replaced_folder
 from .data_arguments import DataArguments, load_splits, metadata, title
 from .json_files import read_json
@@ -144,6 +145,7 @@ def draw(
     last = "most confident" if config.fallback == "most_confident" else "ensemble"
     names = [*(f"exit {index}" for index in range(model.num_exits)), last]
     frontier = exit_frontier(search, config, cost_model.cumulative)
+    SavedFrontier.of(search, config, cost_model, frontier).save(folder)
     every = config.replace(thresholds=[0.5] * (model.num_exits - 1))
     scores, predictions = search.columns(every)
     columns = model.num_exits + (config.fallback != "deepest")

@@ -27,6 +27,7 @@ from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.model_card import create_model_card
 from ..reporting.plotting import plot_frontier, plot_training
 from ..reporting.report import exit_report, exit_table, speedup_lines
+from ..reporting.saved_frontier import SavedFrontier
 from ..training.baseline import plain_accuracy, plain_copy
 from ..training.checkpoints import CheckedTrainer
 from ..training.output_dirs import last_whole_checkpoint, lock_output_folder, named_full_disk, replaced_folder
@@ -258,9 +259,10 @@ def _write(
 
 
 def draw_frontier(model: ScanForImageClassification, table: ExitTable, folder: Path) -> dict[str, str]:
-    """Draw what thresholds can do for this network, for its card; nothing where there is no Matplotlib."""
+    """Write what thresholds can do for this network, and draw it for its card where there is Matplotlib."""
     config, cost_model = model.exit_config, CostModel.of(model)
     frontier = exit_frontier(table, config, cost_model.cumulative, polish=False)
+    SavedFrontier.of(table, config, cost_model, frontier).save(folder)
     search = config.search or {}
     chosen = {"chosen": (search["accuracy"], search["cost"] * cost_model.plain_image)}
     try:
