@@ -2,6 +2,7 @@
 """Find the frontier of a network over all thresholds and over which exits are switched off."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,8 +13,12 @@ from .exit_table import ExitTable
 from .frontier import FEW, MOST_FREE, Frontier, exact_frontier, polished, undominated
 
 
-# With more early exits than these, only combinations with few of them switched on are tried.
+Exits = tuple[int, ...]  # that are switched on
+
+# All combinations of so many early exits are tried; of more, the small ones, and what grows from the best of them.
 ALL_COMBINATIONS = 5
+MOST_COMBINATIONS = 700
+MOST_GROWN = 12  # combinations of one size that are grown
 MOST_POLICIES_EACH = 1_000_000
 
 
@@ -29,8 +34,12 @@ def exit_frontier(
     Find the best accuracy for every cost, as [`exact_frontier`] does, also over which exits are switched off: such an
     exit costs nothing, and the ensemble is formed without it.
 
-    With more than five early exits, only combinations with at most three of them switched on are tried and, up to
-    nine, the one with all switched on.
+    With at most five early exits, every combination of exits that are switched on is searched. With more, these are:
+    every combination of at most three (of two, with more than 16 early exits); all together, up to nine; and those
+    that grow, an exit at a time, from the twelve combinations with the most policies on the frontier, until a larger
+    one adds none. What is left out can only be a combination of four or more none of whose parts was among the best,
+    so the frontier may miss policies there, and never overstates one: accuracy and cost are those of the policies
+    returned.
 
     Args:
         table ([`ExitTable`]): The logits to search on.
@@ -46,49 +55,74 @@ def exit_frontier(
         [`Frontier`]: with a threshold for each exit that samples can exit at; NaN for those that are switched off.
     """
     truth = table.labels if truth is None else truth
+    early = table.num_exits - 1
     last = num_answers(table.num_exits, exit_config.fallback) - 1
-    combinations = list(_combinations(table.num_exits - 1))
-    problems, found = [], []
-    for exits_on in combinations:
-        thresholds = [0.5 if index in exits_on else None for index in range(table.num_exits - 1)]
+
+    def problem_of(exits_on: Exits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        thresholds = [0.5 if index in exits_on else None for index in range(early)]
         config = exit_config.replace(thresholds=thresholds)
-        columns = sorted({*exits_on, table.num_exits - 1, last})
+        columns = sorted({*exits_on, early, last})
         scores, predictions = table.columns(config)
         right = predictions[:, columns] == truth[:, None]
-        problem = (scores[:, columns], right, np.asarray(costs_of(config), dtype=float)[columns])
-        problems.append(problem)
-        most = max(1, min(MOST_POLICIES_EACH, max_policies // len(combinations)))
-        found.append(exact_frontier(*problem, most, polish=False))
-    origins, rows = _merged(found)
-    for index, problem in enumerate(problems if polish else []):
-        chosen = rows[origins == index]
-        if len(chosen) and len(problem[2]) > 1:
-            moved = polished(*problem, found[index].thresholds[chosen])
-            found[index] = Frontier.of(*problem, np.concatenate([found[index].thresholds, moved]))
-    origins, rows = _merged(found)
-    policies = np.full((len(rows), last), np.nan)
-    accuracy, cost = np.empty(len(rows)), np.empty(len(rows))
-    for policy, (index, row) in enumerate(zip(origins, rows)):
-        columns = sorted({*combinations[index], table.num_exits - 1, last})
-        accuracy[policy], cost[policy] = found[index].accuracy[row], found[index].cost[row]
-        policies[policy, columns[:-1]] = found[index].thresholds[row, :-1]
-    return Frontier(accuracy, cost, policies)
+        return scores[:, columns], right, np.asarray(costs_of(config), dtype=float)[columns]
+
+    combinations = list(_combinations(early))
+    most = max(1, min(MOST_POLICIES_EACH, max_policies // len(combinations)))
+    found = {exits_on: exact_frontier(*problem_of(exits_on), most, polish=False) for exits_on in combinations}
+    if early > ALL_COMBINATIONS:
+        size = _complete_size(early)
+        while grown := _grown(found, early, size):
+            found |= {exits_on: exact_frontier(*problem_of(exits_on), most, polish=False) for exits_on in grown}
+            size += 1
+    if polish:
+        for exits_on, rows in _merged(found).items():
+            problem = problem_of(exits_on)
+            if len(problem[2]) > 1:
+                moved = polished(*problem, found[exits_on].thresholds[rows])
+                found[exits_on] = Frontier.of(*problem, np.concatenate([found[exits_on].thresholds, moved]))
+    parts = []
+    for exits_on, rows in _merged(found).items():
+        part = found[exits_on].select(rows)
+        policies = np.full((len(rows), last), np.nan)
+        policies[:, sorted({*exits_on, early, last})[:-1]] = part.thresholds[:, :-1]
+        parts.append(Frontier(part.accuracy, part.cost, policies))
+    joined = Frontier(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    return joined.select(np.argsort(joined.cost, kind="stable"))
 
 
-def _combinations(early: int) -> Iterator[tuple[int, ...]]:
-    """Yield the early exits that are switched on, for each combination that is tried."""
-    most = early if early <= ALL_COMBINATIONS else FEW
+def _complete_size(early: int) -> int:
+    """Return up to how many early exits that are switched on all combinations are tried."""
+    if early <= ALL_COMBINATIONS:
+        return early
+    counts = itertools.accumulate(math.comb(early, count) for count in range(FEW + 1))
+    return max(2, sum(count <= MOST_COMBINATIONS for count in counts) - 1)
+
+
+def _combinations(early: int) -> Iterator[Exits]:
+    """Yield the early exits that are switched on, for each combination that is tried in any case."""
+    most = _complete_size(early)
     for count in range(most + 1):
         yield from itertools.combinations(range(early), count)
     if most < early <= MOST_FREE:
         yield tuple(range(early))
 
 
-def _merged(found: list[Frontier]) -> tuple[np.ndarray, np.ndarray]:
-    """Merge frontiers; return the frontier and the row of each policy that no other dominates."""
-    accuracy = np.concatenate([frontier.accuracy for frontier in found])
-    cost = np.concatenate([frontier.cost for frontier in found])
-    origin = np.concatenate([np.full(len(frontier), index) for index, frontier in enumerate(found)])
-    row = np.concatenate([np.arange(len(frontier)) for frontier in found])
-    kept = undominated(accuracy, cost)
-    return origin[kept], row[kept]
+def _grown(found: dict[Exits, Frontier], early: int, size: int) -> list[Exits]:
+    """Return the combinations with one exit more than the best ones of a size, as far as they are new."""
+    best = {exits_on: len(rows) for exits_on, rows in _merged(found).items() if len(exits_on) == size}
+    chosen = sorted(best, key=lambda exits_on: (-best[exits_on], exits_on))[:MOST_GROWN]
+    grown = {
+        tuple(sorted({*exits_on, other})) for exits_on in chosen for other in range(early) if other not in exits_on
+    }
+    return sorted(grown - set(found))
+
+
+def _merged(found: dict[Exits, Frontier]) -> dict[Exits, np.ndarray]:
+    """Return for each combination the rows of its policies that no policy of any other dominates, if there are any."""
+    accuracy = np.concatenate([frontier.accuracy for frontier in found.values()])
+    cost = np.concatenate([frontier.cost for frontier in found.values()])
+    lengths = [len(frontier) for frontier in found.values()]
+    kept = np.zeros(len(accuracy), dtype=bool)
+    kept[undominated(accuracy, cost)] = True
+    parts = np.split(kept, np.cumsum(lengths)[:-1])
+    return {exits_on: np.flatnonzero(part) for exits_on, part in zip(found, parts) if part.any()}

@@ -1,13 +1,16 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Create the timm model that a [`ScanConfig`] describes."""
+"""Create the backbone that a [`ScanConfig`] describes."""
 
 from typing import Any
 
 import timm
+from huggingface_hub.errors import StrictDataclassError
 from timm.data import resolve_data_config
 
 from .configuration_scan import PREPROCESSING_KEYS, ScanConfig
 from .named_errors import shown
+from .torchvision_backbones import create_torchvision
+from .transformers_backbones import create_family
 from .weight_files import limited_tensors, most_tensors
 
 
@@ -23,7 +26,7 @@ NOT_MADE = (
 def _check_image_size(config: ScanConfig) -> None:
     """Refuse sizes for which a network that is made for one size would compute tables too large for memory."""
     arguments = backbone_arguments(config)
-    for name in ("img_size", "input_size"):
+    for name in ("img_size", "input_size", "image_size"):
         size = arguments.get(name)
         sizes = size if isinstance(size, (list, tuple)) else [size]
         if any(isinstance(side, int) and side > LARGEST_TABLE for side in sizes):
@@ -34,14 +37,61 @@ def _check_image_size(config: ScanConfig) -> None:
 
 
 def create_backbone(config: ScanConfig) -> Any:
-    """Create a backbone as timm initialises it. While weights are loaded, it must not be far larger than they are."""
+    """Create a backbone with new weights. While weights are loaded, it must not be far larger than they are."""
     _check_image_size(config)
+    if config.backbone_source == "custom":
+        raise ValueError(
+            f"`backbone_source` is 'custom': the network is made of a {config.backbone}, a module that no "
+            "configuration can make. Convert the module with `from_module`."
+        )
     with limited_tensors(most_tensors(config.truncated)):
+        if config.backbone_source != "timm":
+            return _create_other(config)
         return create_timm_model(config.backbone, num_classes=config.num_labels, **backbone_arguments(config))
 
 
+def _create_other(config: ScanConfig) -> Any:
+    """Create a backbone of torchvision or Transformers."""
+    arguments = backbone_arguments(config)
+    try:
+        if config.backbone_source == "torchvision":
+            return create_torchvision(config.backbone, config.num_labels, arguments)
+        beside = {name: arguments[name] for name in ("num_channels", "image_size") if name in arguments}
+        return create_family(config.backbone, config.backbone_kwargs, num_labels=config.num_labels, **beside)
+    except (*NOT_MADE, StrictDataclassError) as error:
+        raise ValueError(
+            f"{config.backbone_source} cannot make {config.backbone!r} with {shown(arguments, 300)}: "
+            f"{' '.join(str(error).split())[:300] or repr(error)}. Correct `backbone` or `backbone_kwargs`."
+        ) from error
+
+
+def fill_in(config: ScanConfig, backbone: Any) -> None:
+    """
+    Fill in image size and preprocessing where a configuration leaves them to the backbone.
+
+    Raises:
+        `ValueError`: if the backbone does not say which images it was made for.
+    """
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    own = getattr(backbone, "image_size", None)  # of torchvision's transformers
+    size = config.image_size or (known["input_size"][-1] if "input_size" in known else own)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{type(backbone).__name__} does not say which images it was made for; expected `image_size` in pixels, "
+            "such as 224."
+        )
+    config.image_size = size
+    config.preprocessing = timm_preprocessing(known or {"input_size": (3, size, size)}) | (config.preprocessing or {})
+
+
 def backbone_arguments(config: ScanConfig) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` for a configuration, without the number of classes."""
+    """Return the arguments of the backbone's constructor for a configuration, without the number of classes."""
+    if config.backbone_source == "torchvision":
+        size = {"image_size": config.image_size} if config.backbone.startswith("vit_") and config.image_size else {}
+        return {**size, **config.backbone_kwargs}
+    if config.backbone_source == "transformers":
+        size = {} if config.image_size is None else {"image_size": config.image_size}
+        return {"num_channels": config.num_channels, **size, **config.backbone_kwargs}
     arguments = {"in_chans": config.num_channels, **config.backbone_kwargs}
     return {**size_argument(config.backbone, config.image_size), **arguments}
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 # Registers the CIFAR networks with timm. In this form, Transformers sees that a checkpoint with code needs the file.
 from .cifar_backbones import CifarResNet  # noqa: F401
 from .named_errors import shown
+from .torchvision_backbones import check_torchvision
+from .transformers_backbones import check_family
 
 
 # A configuration is untrusted data. These arguments would make timm download, read a path or load a pickle. They are
@@ -152,6 +154,21 @@ def _check_exit_points(exit_points: list[int | str] | None) -> None:
             )
 
 
+def _check_source(source: str, name: str, arguments: dict[str, Any]) -> None:
+    if source == "timm":
+        _check_backbone(name)
+    _check_backbone_kwargs(arguments)
+    if source == "torchvision":
+        check_torchvision(name, arguments)
+    elif source == "transformers":
+        check_family(name, arguments)
+    elif source == "custom" and (arguments or not MODULE_NAME.fullmatch(name)):
+        raise ValueError(
+            "`backbone_source` is 'custom', and `backbone` or `backbone_kwargs` say more than the name of a class. "
+            "Such a network is made of a module, by `from_module`."
+        )
+
+
 def _check_backbone(name: str) -> None:
     shown = repr(name if len(name) <= 100 else f"{name[:100]}...")
     if any(sign in name for sign in ":/\\"):
@@ -227,8 +244,14 @@ class ScanConfig(PreTrainedConfig):
         backbone (`str`, *optional*, defaults to `"cifar_resnet18"`):
             Name of a model in timm's registry, with or without a pretrained tag. Sources such as `hf-hub:` or
             `local-dir:` are refused: a configuration never makes anything be downloaded or read.
+        backbone_source (`str`, *optional*, defaults to `"timm"`):
+            Where the backbone is from: `"timm"`; `"torchvision"`, with a name such as `"resnet18"`; `"transformers"`,
+            with the family `"resnet"`, `"convnext"` or `"vit"`; or `"custom"`, a module of the user's own, which no
+            configuration can make and which is not saved. [`~ScanForImageClassification.from_module`] converts what
+            is trained.
         backbone_kwargs (`dict[str, Any]`, *optional*, defaults to `{}`):
-            Further architecture arguments for `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`.
+            Further architecture arguments for `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`; for
+            `torchvision.models.get_model`; or for the family's configuration in Transformers.
         exit_points (`list[int | str]`, *optional*):
             Where the early exits are, from shallow to deep: indices into the backbone's `feature_info`, or names of
             modules. Besides those that stand there, it may be any module that the forward pass runs once on the way
@@ -255,7 +278,7 @@ class ScanConfig(PreTrainedConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Channels of the input image.
         image_size (`int`, *optional*):
-            Height and width of the input image in pixels. Defaults to what the backbone was made for.
+            Height and width of the input image in pixels. Defaults to what the backbone was made for, if it says so.
         preprocessing (`dict[str, Any]`, *optional*):
             How images are prepared, in timm's words: `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation`.
             Defaults to how those were that the backbone was made for.
@@ -265,7 +288,7 @@ class ScanConfig(PreTrainedConfig):
             one label of an image is right.
 
     Raises:
-        `ValueError`: if `backbone` is not in timm's registry, or `backbone_kwargs` or a further argument names a
+        `ValueError`: if `backbone` is not known to its source, or `backbone_kwargs` or a further argument names a
             source of weights.
         `huggingface_hub.errors.StrictDataclassFieldValidationError`: if a field is of another type or kind.
 
@@ -286,6 +309,7 @@ class ScanConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["exit_logits", "ensemble_logits", "exit_features", "hidden_states", "attentions"]
 
     backbone: str = "cifar_resnet18"
+    backbone_source: Literal["timm", "torchvision", "transformers", "custom"] = "timm"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     exit_points: list[int | str] | None = None
     attention_type: Literal["separable", "nearest", "conv", "none"] = "separable"
@@ -308,8 +332,7 @@ class ScanConfig(PreTrainedConfig):
         _check_labels(values)
         super().__post_init__(**kwargs)
         _check_exit_points(self.exit_points)
-        _check_backbone(self.backbone)
-        _check_backbone_kwargs(self.backbone_kwargs)
+        _check_source(self.backbone_source, self.backbone, self.backbone_kwargs)
         _check_preprocessing(self.preprocessing or {})
         _check_problem_type(self.problem_type)
 

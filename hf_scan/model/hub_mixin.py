@@ -266,8 +266,10 @@ class HubMixin(PreTrainedModel):
                 that `AutoModelForImageClassification.from_pretrained(..., trust_remote_code=True)` needs no `hf_scan`.
 
         Raises:
+            `ValueError`: if the backbone is a module of the user's own, which no configuration can make again.
             `OSError`: if the files cannot be written. Nothing in the folder has changed then.
         """
+        check_savable(self.config)
         if self.exit_config.thresholds is not None:
             self.exit_config.resolve(self.num_exits)  # before anything is written
         self.exit_config.check_savable()
@@ -344,7 +346,12 @@ class HubMixin(PreTrainedModel):
                 if revision is not None and not given.get("create_pr") and not revision.startswith("refs/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True, **token)
                 adaptive = self.exit_config.thresholds is not None
-                card = None if subfolder else minimal_card(repo_id, self.config.backbone, adaptive, tags, **token)
+                named: dict[str, Any] = {
+                    "backbone": self.config.backbone,
+                    "source": self.config.backbone_source,
+                    **token,
+                }
+                card = None if subfolder else minimal_card(repo_id, adaptive=adaptive, tags=tags, **named)
                 if card is not None:
                     card.save(Path(folder, "README.md"))
                 given.setdefault("commit_message", "Upload model")
@@ -371,6 +378,16 @@ class HubMixin(PreTrainedModel):
             self.config.__dict__.pop("auto_map", None)
             if named is not None:
                 self.config.auto_map = named
+
+
+def check_savable(config: Any) -> None:
+    """Raise a `ValueError` if no configuration can make the backbone again."""
+    if config.backbone_source == "custom":
+        raise ValueError(
+            f"The backbone is a {config.backbone}, a module of its own that no configuration can make again, and a "
+            "checkpoint holds no code. Register the network with timm (see 'A backbone' in CONTRIBUTING.md), or keep "
+            "`model.state_dict()` and convert the module anew; `export_onnx` needs no code."
+        )
 
 
 def _if_file(path: Path) -> Path | None:

@@ -14,7 +14,7 @@ MINIMAL_CARD = """---
 
 # {name}
 
-An image classifier with early exits: a `{backbone}` of timm that answers easy images before its last layer.
+An image classifier with early exits: a `{backbone}` of {source} that answers easy images before its last layer.
 {thresholds}
 
 ```python
@@ -32,7 +32,9 @@ ADAPTIVE = ("Its thresholds are in `exit_config.json`.", "model.predict_adaptive
 STATIC = ("It has no thresholds yet: all images run to the end.", "model(image[None]).logits")
 
 
-def minimal_card(repo_id: str, backbone: str, adaptive: bool, tags: list[str], token: str | None) -> ModelCard | None:
+def minimal_card(
+    repo_id: str, backbone: str, adaptive: bool, tags: list[str], token: str | None, source: str = "timm"
+) -> ModelCard | None:
     """
     Return the card that a push adds to a repository.
 
@@ -42,6 +44,7 @@ def minimal_card(repo_id: str, backbone: str, adaptive: bool, tags: list[str], t
         adaptive (`bool`): Whether the network has thresholds.
         tags (`list[str]`): The card's tags.
         token (`str`, *optional*): A token that may read the repository.
+        source (`str`, *optional*, defaults to `"timm"`): The library that the backbone is from.
 
     Returns:
         `ModelCard`, *optional*: a new card where there is none, the repository's own where it lacks some of the tags,
@@ -56,7 +59,12 @@ def minimal_card(repo_id: str, backbone: str, adaptive: bool, tags: list[str], t
         thresholds, call = ADAPTIVE if adaptive else STATIC
         return ModelCard(
             MINIMAL_CARD.format(
-                metadata=data.to_yaml(), name=repo_id, backbone=backbone, thresholds=thresholds, call=call
+                metadata=data.to_yaml(),
+                name=repo_id,
+                backbone=backbone,
+                source=source,
+                thresholds=thresholds,
+                call=call,
             )
         )
     except Exception as error:  # of the client, whose kinds differ between its versions

@@ -16,14 +16,15 @@ from transformers.utils import ModelOutput
 
 from .adaptive import prepare_images
 from .adaptive_stream import AdaptiveStreamMixin
-from .backbone import create_backbone, timm_preprocessing
+from .backbone import create_backbone, fill_in
 from .compiled_stages import CompiledStages
 from .configuration_scan import ScanConfig
 from .exit_config import ExitConfig
 from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
 from .input_checks import InputChecksMixin
-from .stages import Stage, StageState, cut_into_stages
+from .module_conversion import ModuleConversionMixin
+from .stages import BackboneHead, Stage, StageState, cut_network
 from .timm_conversion import TimmConversionMixin
 from .training_watch import watch_training
 from .truncation import TruncationMixin
@@ -83,18 +84,26 @@ class StageLayer(GradientCheckpointingLayer):
 
 
 class ScanForImageClassification(
-    HubMixin, TimmConversionMixin, TruncationMixin, InputChecksMixin, AdaptiveStreamMixin, PreTrainedModel
+    HubMixin,
+    TimmConversionMixin,
+    ModuleConversionMixin,
+    TruncationMixin,
+    InputChecksMixin,
+    AdaptiveStreamMixin,
+    PreTrainedModel,
 ):
     """
-    A timm image classifier with early exits: Zhang et al., "SCAN: A Scalable Neural Networks Framework Towards
-    Compact and Efficient Models", NeurIPS 2019.
+    An image classifier, of timm or another library, with early exits: Zhang et al., "SCAN: A Scalable Neural Networks
+    Framework Towards Compact and Efficient Models", NeurIPS 2019.
 
-    `model.backbone` is the timm model itself, with its own modules and parameter names, and answers as the deepest
+    `model.backbone` is the classifier itself, with its own modules and parameter names, and answers as the deepest
     exit does. `model.exit_heads` holds the early exits.
 
     Args:
         config ([`ScanConfig`]): What the network is. Fields that are left to defaults are filled in, so that a saved
             configuration says them.
+        backbone (`torch.nn.Module`, *optional*): The classifier, where no configuration describes it.
+            [`~ScanForImageClassification.from_module`] gives it.
 
     Raises:
         `ValueError`: if the backbone cannot be cut at the exit points, or has fewer than two labels.
@@ -120,7 +129,7 @@ class ScanForImageClassification(
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
 
-    def __init__(self, config: ScanConfig) -> None:
+    def __init__(self, config: ScanConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; a classifier needs at least 2.")
@@ -128,18 +137,23 @@ class ScanForImageClassification(
         self.backbone_frozen = False
         self.compiled: CompiledStages | None = None  # set by `compile_stages`
         self.all_modules: tuple[nn.Module, ...] | None = None  # set by `has_training_modules`
-        self.backbone = create_backbone(config)
+        self.backbone: Any = create_backbone(config) if backbone is None else backbone
         # timm has just initialised its model in its own way, and Transformers must not do it again in another. On
         # the meta device nothing has been initialised: there the flag would leave raw memory behind.
         if not any(parameter.is_meta for parameter in self.backbone.parameters()):
             for module in self.backbone.modules():
                 module._is_hf_initialized = True
 
-        config.image_size = config.image_size or self.backbone.pretrained_cfg["input_size"][-1]
-        config.preprocessing = timm_preprocessing(self.backbone.pretrained_cfg) | (config.preprocessing or {})
-        stages = self.cut(self.backbone)
+        fill_in(config, self.backbone)
+        stages, head = self.cut(self.backbone)
+        if head.num_labels not in (None, config.num_labels):
+            raise ValueError(
+                f"`num_labels` is {config.num_labels}, and {type(self.backbone).__name__} answers with "
+                f"{head.num_labels}. Correct it, or `id2label`."
+            )
+        self.backbone_head: BackboneHead = head
         deepest = stages[-1]
-        feature_size = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+        feature_size = head.feature_size
         strides = [max(1, deepest.reduction // stage.reduction) for stage in stages[:-1]]
         config.head_width = head_widths(
             config, [stage.channels for stage in stages[:-1]], strides, feature_size, self.weights_used(stages)
@@ -163,11 +177,16 @@ class ScanForImageClassification(
         self.exit_config = ExitConfig()
         self.training_recorded = False  # set by a trainer that records what the network is trained on
         self.exits_reached: set[int] = set()  # by the gradients of the last training step
-        self.model_tags = ["early-exit", "scan", "timm", "hf_scan"]  # of the card; Transformers adds to the list
+        self.model_tags = [
+            "early-exit",
+            "scan",
+            config.backbone_source,
+            "hf_scan",
+        ]  # of the card; Transformers adds to the list
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = ("stages", "compiled", "all_modules")
+        rebuilt = ("stages", "backbone_head", "compiled", "all_modules")
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,17 +195,18 @@ class ScanForImageClassification(
         self.all_modules = None
         # Functions of the backbone, which no pickle holds.
         if not self.config.truncated:
-            self.stages = self.cut(self.backbone)
+            self.stages, self.backbone_head = self.cut(self.backbone)
             return
         with torch.device("meta"):
             whole = create_backbone(self.config)
-        self.stages = self.truncate_in_place(self.cut(whole))
+        stages, self.backbone_head = self.cut(whole)
+        self.stages = self.truncate_in_place(stages)
 
-    def cut(self, backbone: nn.Module) -> list[Stage]:
+    def cut(self, backbone: nn.Module) -> tuple[list[Stage], BackboneHead]:
         """Cut a backbone, which is this network's before any part is removed, at the exit points."""
         size = self.config.image_size
         assert size is not None  # the network filled it in
-        return cut_into_stages(backbone, self.config.exit_points, (self.config.num_channels, size, size))
+        return cut_network(backbone, self.config.exit_points, (self.config.num_channels, size, size))
 
     def weights_used(self, stages: list[Stage]) -> float:
         """Return the number of multiplications by weights for one pixel of the deepest map, in convolutions."""
@@ -289,11 +309,15 @@ class ScanForImageClassification(
         """
         return tuple(self._stage_features(prepare_images(self, pixel_values)))
 
+    def run_backbone_head(self, feature: Any, pre_logits: bool = False) -> torch.Tensor:
+        """Return the logits of the backbone's own classifier from its last map, or what its last layer reads."""
+        return self.backbone_head(self.backbone, feature, pre_logits)
+
     def run_exit(self, index: int, state: StageState) -> torch.Tensor:
         """Return an exit's logits `(batch_size, num_labels)` from what its stage returned."""
         if index == len(self.exit_heads):
             compiled = None if self.compiled is None else self.compiled.deepest_head
-            logits: torch.Tensor = (compiled or self.backbone.forward_head)(state.values[0])
+            logits: torch.Tensor = compiled(state.values[0]) if compiled else self.run_backbone_head(state.values[0])
         else:
             head = self.exit_heads[index] if self.compiled is None else self.compiled.heads[index]
             _, logits, _ = head(self.stages[index].feature(state))
@@ -325,7 +349,7 @@ class ScanForImageClassification(
         torch.Size([3, 10])
         ```
         """
-        deepest_head = None if self.config.truncated else self.backbone.forward_head
+        deepest_head = None if self.config.truncated else self.run_backbone_head
         self.compiled = CompiledStages(self.stages, self.exit_heads, deepest_head, **kwargs)
 
     def export_onnx(self, folder: Any, **kwargs: Any) -> None:
@@ -411,11 +435,11 @@ class ScanForImageClassification(
                 if output_exit_features:
                     exit_features.append(head.hint_projection(pooled))  # type: ignore[operator]
                 continue
-            exit_logits.append(self.backbone.forward_head(feature))
+            exit_logits.append(self.run_backbone_head(feature))
             if output_exit_features:
-                # The deepest feature is only ever a target, and timm's own head stays the one that gives the logits.
+                # The deepest feature is only ever a target, and the own head stays the one that gives the logits.
                 with torch.no_grad():
-                    exit_features.append(self.backbone.forward_head(feature.detach(), pre_logits=True))
+                    exit_features.append(self.run_backbone_head(feature.detach(), pre_logits=True))
 
         if self.training and torch.is_grad_enabled() and check_values:
             watch_training(self, exit_logits)

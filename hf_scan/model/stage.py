@@ -134,6 +134,26 @@ class Stage:
         return [whole, padded] if whole != padded else [whole]
 
 
+@dataclass(frozen=True)
+class BackboneHead:
+    """
+    The backbone's own classifier, from its last map on.
+
+    Args:
+        forward (`Callable`): Takes the backbone, what the last stage returned and whether to stop in front of the last
+            layer. Returns the logits `(batch_size, num_labels)`, or what the last layer reads.
+        feature_size (`int`): Width of what the last layer reads.
+        num_labels (`int`, *optional*): Labels, where they were looked at.
+    """
+
+    forward: Callable[[nn.Module, Any, bool], torch.Tensor]
+    feature_size: int
+    num_labels: int | None = None
+
+    def __call__(self, backbone: nn.Module, feature: Any, pre_logits: bool = False) -> torch.Tensor:
+        return self.forward(backbone, feature, pre_logits)
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
@@ -163,4 +183,4 @@ def _rows(value: Any, rows: torch.Tensor | list[int] | slice, batch_size: int) -
     return value.reshape(batch_size, -1, *value.shape[1:])[rows].flatten(0, 1)
 
 
-__all__ = ["Stage", "StageState"]
+__all__ = ["BackboneHead", "Stage", "StageState"]

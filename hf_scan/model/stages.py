@@ -1,8 +1,9 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
-"""Cut a timm model into stages that run one after another; its modules and their names stay as they are.
+"""Cut a network into stages that run one after another; its modules and their names stay as they are.
 
-PyTorch's symbolic tracer writes the model's `forward_features` down without running it: the modules that it calls, and
-what it does between them. Only modules that have an exit point inside are looked into; all others stay the calls that
+PyTorch's symbolic tracer writes the forward pass of a timm model's features down without running it: the modules that
+it calls, and what it does between them. (Of any other classifier: all up to the last map, behind which its own
+classifier stands.) Only modules that have an exit point inside are looked into; all others stay the calls that
 they are. A stage is a part of that list, made a function of the backbone, and passes on what later parts need.
 """
 
@@ -11,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .exit_places import default_exit_points, find_exit_points, patch_size_of, taps_of
-from .stage import Stage, StageState
+from .exit_places import lay_out
+from .stage import BackboneHead, Stage, StageState
 from .tracing import as_function, needed_after
 
 
@@ -20,15 +21,18 @@ def cut_into_stages(
     backbone: Any, exit_points: list[int | str] | None = None, image_shape: tuple[int, int, int] | None = None
 ) -> list[Stage]:
     """
-    Cut a timm model after each exit point. The last stage ends where the model's own head begins.
+    Cut a network after each exit point. The last stage ends where the network's own head begins.
 
     Args:
-        backbone (`torch.nn.Module`): A model of timm, on any device, the meta device included.
+        backbone (`torch.nn.Module`): A model of timm, or any classifier that returns logits for images, on any device,
+            the meta device included.
         exit_points (`list[int | str]`, *optional*): Indices into the model's `feature_info`, or names of modules, from
             shallow to deep: its taps, and any other that the forward pass runs once on the way and whose output is a
-            map or a grid of tokens. Defaults to those of [`default_exit_points`].
+            map or a grid of tokens. Defaults to the taps
+            that are not too fine, or a few of them.
         image_shape (`tuple[int, int, int]`, *optional*): Channels, height and width of the images with which modules
-            that are no taps are tried, on the meta device. Defaults to those that the model was made for.
+            that are no taps are tried, on the meta device. Defaults to those that a model of timm was made for;
+            any other network needs it.
 
     Returns:
         `list[Stage]`: One more than exit points.
@@ -54,47 +58,37 @@ def cut_into_stages(
     layer4 (2, 512, 2, 2)
     ```
     """
-    taps = taps_of(backbone)
-    if exit_points is None:
-        exit_points = [tap["module"] for tap in default_exit_points(backbone)]
-    program, places = find_exit_points(backbone, exit_points, image_shape)
-    common = {"channels_last": getattr(backbone, "output_fmt", None) == "NHWC"}
+    return cut_network(backbone, exit_points, image_shape)[0]
+
+
+def cut_network(
+    backbone: Any, exit_points: list[int | str] | None = None, image_shape: tuple[int, int, int] | None = None
+) -> tuple[list[Stage], BackboneHead]:
+    """Cut a network as [`cut_into_stages`] does, and return the classifier behind the last stage too."""
+    layout = lay_out(backbone, exit_points, image_shape)
+    program = layout.features
     stages, start, received = [], 0, [program.image]
-    for place in places:
-        handed_on = needed_after(program, place.end, place.value)
+    for place in [*layout.places, layout.last]:
+        is_last = place is layout.last
+        handed_on = [program.result] if is_last else needed_after(program, place.end, place.value)
+        end = len(program.nodes) if is_last else place.end
         name = f"{program.name}, {place.name}"
-        forward, parts = as_function(program, received, program.nodes[start : place.end], handed_on, name)
+        forward, parts = as_function(program, received, program.nodes[start:end], handed_on, name)
         stages.append(
             Stage(
                 name=place.name,
                 channels=place.channels,
                 reduction=place.reduction,
                 forward=forward,
-                batched=tuple(program.kinds[node] == "images" for node in handed_on),
+                batched=(True,) if is_last else tuple(program.kinds[node] == "images" for node in handed_on),
                 parts=parts,
+                channels_last=place.channels_last,
                 num_prefix_tokens=place.num_prefix_tokens,
                 patch_size=place.patch_size,
-                **common,
             )
         )
-        start, received = place.end, handed_on
-    last = taps[-1]
-    name = f"{program.name}, {last['module']}"
-    forward, parts = as_function(program, received, program.nodes[start:], [program.result], name)
-    stages.append(
-        Stage(
-            name=last["module"],
-            channels=last["num_chs"],
-            reduction=last["reduction"],
-            forward=forward,
-            batched=(True,),
-            parts=parts,
-            num_prefix_tokens=getattr(backbone, "num_prefix_tokens", 1),
-            patch_size=patch_size_of(backbone, last["reduction"]),
-            **common,
-        )
-    )
-    return stages
+        start, received = end, handed_on
+    return stages, layout.head
 
 
 def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
@@ -116,4 +110,4 @@ def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
                     del members[name]
 
 
-__all__ = ["Stage", "StageState", "cut_into_stages", "default_exit_points", "keep_parts"]
+__all__ = ["BackboneHead", "Stage", "StageState", "cut_into_stages", "cut_network", "keep_parts"]

@@ -66,12 +66,12 @@ class TimmConversionMixin(PreTrainedModel):
         (2, 'tench, Tinca tinca')
         ```
         """
-        source = _create_source(model, pretrained, num_labels, kwargs) if isinstance(model, str) else _unwrapped(model)
+        source = _create_source(model, pretrained, num_labels, kwargs) if isinstance(model, str) else unwrapped(model)
         _check_source(model, source, pretrained)
         cfg = source.pretrained_cfg
         own_labels = num_labels is None or num_labels == source.num_classes
         if "id2label" not in kwargs:
-            names = _label_names(cfg, source.num_classes) if own_labels else None
+            names = label_names(cfg, source.num_classes) if own_labels else None
             if names is not None:
                 kwargs["id2label"] = dict(enumerate(names))
                 kwargs["label2id"] = {name: index for index, name in enumerate(names)}
@@ -157,11 +157,11 @@ def _load_source(scan: PreTrainedModel, source: nn.Module, own_labels: bool) -> 
         ) from error
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """Return the model of timm in what PyTorch and Transformers wrap around it."""
     for name in ("_orig_mod", "module", "timm_model"):  # compiled; parallel; of Transformers
         if isinstance(inner := getattr(model, name, None), nn.Module):
-            return _unwrapped(inner)
+            return unwrapped(inner)
     return model
 
 
@@ -196,7 +196,7 @@ def _answer_alike(one: nn.Module, other: nn.Module, config: ScanConfig) -> bool:
     return torch.allclose(answer(one), answer(other), rtol=1e-3, atol=1e-3)
 
 
-def _label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
+def label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
     """Return the names that timm has for the classes of a checkpoint, if it has any."""
     names = pretrained_cfg.get("label_names")
     if names is None and (subset := infer_imagenet_subset({"num_classes": num_labels})):
@@ -205,4 +205,4 @@ def _label_names(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] |
     return list(names) if names is not None and len(names) == num_labels else None
 
 
-__all__ = ["TimmConversionMixin"]
+__all__ = ["TimmConversionMixin", "label_names", "unwrapped"]

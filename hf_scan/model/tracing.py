@@ -4,6 +4,8 @@
 import inspect
 import linecache
 import operator
+import os
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,8 @@ class Program:
         calls (`dict[str, list[tuple[int, Any]]]`): For each module that was called, for each call: the number of steps
             that have run when it ends, and what it returned of them.
         kinds (`dict[torch.fx.Node, str]`): The kind of each value, see [`kinds_of`].
+        ran (`dict[torch.fx.Node, tuple[list[torch.Tensor], bool]]`, *optional*): What [`run_on_meta`] returned for all
+            values, if it has run.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Program:
     result: Any
     calls: dict[str, list[tuple[int, Any]]]
     kinds: dict[fx.Node, str]
+    ran: dict[fx.Node, tuple[list[torch.Tensor], bool]] | None = None
 
     def bypassed(self, feature: fx.Node) -> bool:
         """Return whether some of the result depends on the images in another way than through a value."""
@@ -115,8 +120,8 @@ def trace(backbone: Any, names: Iterable[str], method: str = "forward_features")
         graph = tracer.trace(backbone, {parameter.name: parameter.default for parameter in further})
     except Exception as error:  # whatever the model's code says to a value that has none
         raise ValueError(
-            f"{name} cannot be cut into stages: between its modules, it decides by what it computes ({error}). "
-            "Choose another backbone, such as 'resnet50'."
+            f"{name} cannot be cut into stages: between its modules, it decides by what it computes ({error})"
+            f"{_place_of(error)}. Choose another backbone, such as 'resnet50'."
         ) from error
     finally:
         for module, mode in was_training.items():
@@ -137,12 +142,23 @@ def trace(backbone: Any, names: Iterable[str], method: str = "forward_features")
         places[node] = len(steps)
     result = output.args[0]
     if constants or isinstance(result, dict):
-        what = "makes tensors outside of its modules" if constants else f"returns {sorted(result)} as its feature"
+        what = "makes tensors outside of its modules" if constants else f"returns {sorted(result)}, not one tensor"
         raise ValueError(f"{name} cannot be cut into stages: it {what}. Choose another backbone, such as 'resnet50'.")
     calls: dict[str, list[tuple[int, Any]]] = {}
     for module_name, last, returned in tracer.ends:
         calls.setdefault(module_name, []).append((places[last], returned))
     return Program(name, image, steps, result, calls, kinds_of(image, steps))
+
+
+def _place_of(error: Exception) -> str:
+    """Return the line of the network's code that could not be written down, for the end of a sentence."""
+    own = os.path.dirname(torch.__file__)
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    lines = [frame for frame in lines if frame.filename != __file__]
+    if not lines:
+        return ""
+    last = lines[-1]
+    return f", in line {last.lineno} of {os.path.basename(last.filename)}: `{last.line}`"
 
 
 def kinds_of(image: fx.Node, nodes: list[fx.Node]) -> dict[fx.Node, str]:

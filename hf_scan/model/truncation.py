@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .exit_config import ExitConfig
-from .stages import Stage, keep_parts
+from .stages import BackboneHead, Stage, keep_parts
 
 
 Network = TypeVar("Network", bound="TruncationMixin")
@@ -17,7 +17,7 @@ Network = TypeVar("Network", bound="TruncationMixin")
 class TruncationMixin(PreTrainedModel):
     """A mixin that cuts a [`ScanForImageClassification`] at one of its exits."""
 
-    def cut(self, backbone: nn.Module) -> list[Stage]:
+    def cut(self, backbone: nn.Module) -> tuple[list[Stage], BackboneHead]:
         """Cut a backbone at the exit points."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class TruncationMixin(PreTrainedModel):
         small.config.truncated = True
         small.exit_heads = nn.ModuleList([small.exit_heads[exit]])
         small.stage_layers = small.stage_layers[:1]
-        small.stages = small.truncate_in_place(small.cut(small.backbone))
+        small.stages = small.truncate_in_place(small.cut(small.backbone)[0])
         small.exit_config = ExitConfig(thresholds=[], fallback="deepest")  # there is nothing to decide
         small.train(self.training)  # modules that stand for the removed ones start in training mode
         return small

@@ -50,7 +50,7 @@ class _AllStages(nn.Module):
         for index, stage in enumerate(self.model.stages):
             state = stage.run(self.model.backbone, state)
             if index == len(self.model.exit_heads):
-                return (*outputs, self.model.backbone.forward_head(state.values[0]))
+                return (*outputs, self.model.run_backbone_head(state.values[0]))
             outputs.append(self.model.exit_heads[index](stage.feature(state))[1])
             if index < self.model.num_exits - 1:
                 # Values that do not depend on the images are constants of the next stage, which the runtime folds.

@@ -17,8 +17,16 @@ def plain_copy(model: ScanForImageClassification) -> TimmWrapperForImageClassifi
 
     Returns:
         [`~transformers.TimmWrapperForImageClassification`]
+
+    Raises:
+        `ValueError`: if the backbone is not one of timm.
     """
     config = model.config
+    if config.backbone_source != "timm":
+        raise ValueError(
+            f"The backbone is one of {config.backbone_source!r}; expected one of timm. Train the network that it was "
+            "converted from."
+        )
     assert config.image_size is not None  # the network filled it in
     size = [config.num_channels, config.image_size, config.image_size]
     # timm and its image processor read it from the checkpoint; the default is the preprocessing of timm's weights.

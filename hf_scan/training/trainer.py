@@ -100,6 +100,11 @@ class ScanTrainer(CheckedTrainer):
                 f"`args` is a {type(args).__name__}; expected `ScanTrainingArguments`, which take the same and "
                 "the weights of self-distillation."
             )
+        if getattr(getattr(model, "config", None), "backbone_source", None) == "custom" and args.save_strategy != "no":
+            raise ValueError(
+                f"The backbone is a {model.config.backbone}, a module of its own of which no checkpoint can be saved, "  # type: ignore[union-attr]
+                f"and `save_strategy` is {args.save_strategy.value!r}; expected 'no'. Keep `model.state_dict()`."
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would take the place of self-distillation. Use a plain `Trainer`.")
         if args.batch_eval_metrics and kwargs.get("compute_metrics") is None:

@@ -10,7 +10,7 @@ import numpy as np
 from ..model.configuration_scan import ScanConfig
 from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.report import markdown_table
-from .candidates import candidates_of, left_out, with_candidates
+from .candidates import candidates_of, left_out, network_of, with_candidates
 from .part_costs import costs_of_parts
 from .verdict import Verdict, break_even, verdict_of_costs
 
@@ -81,7 +81,8 @@ def advise(
     which share of the images has to leave there for the exit to pay, and the speed-up that nothing exceeds.
 
     Args:
-        model (`str` or [`ScanForImageClassification`]): A name in timm's registry, or a network.
+        model (`str` or [`ScanForImageClassification`]): A name in timm's registry, one of torchvision as
+            `"torchvision/resnet18"`, or a network.
         max_exits (`int`, *optional*, defaults to 4): How many exits there will be, which share the budget of heads.
         exit_points (`Sequence[str]`, *optional*): Where exits could stand. Defaults to every block.
         runtime (`str`, *optional*, defaults to `"pytorch"`): Where milliseconds are measured, `"pytorch"` or `"onnx"`;
@@ -110,11 +111,14 @@ def advise(
         raise ValueError(f"`max_exits` is {max_exits}; expected a whole number of at least 1.")
     if isinstance(model, str):
         settings = {"num_labels": 1000, **config}
-        model = ScanForImageClassification(ScanConfig(backbone=model, **settings))
+        source, _, name = model.rpartition("/")
+        if source == "torchvision":
+            settings = {"backbone_source": source, "image_size": 224, **settings}
+        model = ScanForImageClassification(ScanConfig(backbone=name if source == "torchvision" else model, **settings))
     elif config:
         raise ValueError(f"{sorted(config)} are for a network that is given by name; this one is as it is.")
     points = None if exit_points is None else list(exit_points)
-    wide = ScanForImageClassification(with_candidates(model.config, max_exits, points)).eval()
+    wide = network_of(with_candidates(model.config, max_exits, points, model.backbone), model.backbone).eval()
     costs = costs_of_parts(wide, runtime, batch_size)
     stages, heads = np.cumsum(costs.shares.stages), costs.shares.heads
     rows = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..model.configuration_scan import ScanConfig
 from ..model.exit_heads import head_widths
@@ -79,7 +80,7 @@ def find_candidates(backbone: Any, image_shape: tuple[int, int, int] | None = No
     dropped = dict(found.dropped)
     names = []
     for place in found.places:
-        if place.reduction * FINEST >= found.last_reduction:
+        if place.reduction * FINEST >= found.last.reduction:
             names.append(place.name)
         else:
             dropped[place.name] = f"whose map is more than {FINEST} times finer than the last one"
@@ -113,7 +114,9 @@ def _shortened(names: list[str], most: int = 6) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
 
-def with_candidates(config: ScanConfig, max_exits: int, exit_points: list[str] | None = None) -> ScanConfig:
+def with_candidates(
+    config: ScanConfig, max_exits: int, exit_points: list[str] | None = None, backbone: nn.Module | None = None
+) -> ScanConfig:
     """
     Return a configuration with an exit at every candidate, each with a head as wide as if there were `max_exits`.
 
@@ -121,19 +124,26 @@ def with_candidates(config: ScanConfig, max_exits: int, exit_points: list[str] |
         config ([`ScanConfig`]): Of the network; its exits and heads are replaced.
         max_exits (`int`): How many exits the network will have in the end.
         exit_points (`list[str]`, *optional*): The candidates. Defaults to those of [`find_candidates`].
+        backbone (`torch.nn.Module`, *optional*): The backbone, where no configuration makes it.
     """
     wanted = _changed(config, **HEADS, head_width=None, exit_points=exit_points)
     with torch.device("meta"):
         if exit_points is None:
-            wanted.exit_points = list(candidates_of(ScanForImageClassification(copy.deepcopy(wanted))).names)
-        wide = ScanForImageClassification(copy.deepcopy(wanted))
+            wanted.exit_points = list(candidates_of(network_of(wanted, backbone)).names)
+        wide = network_of(wanted, backbone)
     deepest, macs = wide.stages[-1], wide.weights_used(wide.stages)
-    feature_size = getattr(wide.backbone, "head_hidden_size", wide.backbone.num_features)
+    feature_size = wide.backbone_head.feature_size
     widths = []
     for stage in wide.stages[:-1]:
         strides = [max(1, deepest.reduction // stage.reduction)] * max_exits
         widths.append(head_widths(wanted, [stage.channels] * max_exits, strides, feature_size, macs)[0])
     return _changed(wanted, head_width=widths)
+
+
+def network_of(config: ScanConfig, backbone: nn.Module | None) -> ScanForImageClassification:
+    """Return a network of a configuration, around a copy of a backbone that no configuration makes."""
+    own = copy.deepcopy(backbone) if config.backbone_source == "custom" else None
+    return ScanForImageClassification(copy.deepcopy(config), own)
 
 
 def with_exits(config: ScanConfig, exit_points: list[str]) -> ScanConfig:
@@ -159,7 +169,7 @@ def keep_exits(model: ScanForImageClassification, exit_points: list[str]) -> Sca
         model ([`ScanForImageClassification`]): With exits at all of these places.
         exit_points (`list[str]`): The exits to keep, from shallow to deep.
     """
-    small = ScanForImageClassification(with_exits(model.config, exit_points))
+    small = network_of(with_exits(model.config, exit_points), model.backbone)
     small.backbone.load_state_dict(model.backbone.state_dict())
     for head, point in zip(small.exit_heads, exit_points):
         head.load_state_dict(model.exit_heads[list(model.config.exit_points or []).index(point)].state_dict())
@@ -174,6 +184,7 @@ __all__ = [
     "find_candidates",
     "keep_exits",
     "left_out",
+    "network_of",
     "with_candidates",
     "with_exits",
 ]

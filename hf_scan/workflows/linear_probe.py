@@ -67,8 +67,8 @@ def _features(
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator, num_workers=num_workers)
     with evaluating(model):
         for batch in tqdm(loader, desc="features for the classifier", leave=False):
-            images = batch["pixel_values"].to(model.device, model.dtype)
-            feature = model.backbone.forward_head(model.backbone.forward_features(images), pre_logits=True)
+            deepest = model.extract_features(batch["pixel_values"])[-1]
+            feature = model.run_backbone_head(deepest, pre_logits=True)
             features.append(feature.float().cpu())
             labels.append(batch["labels"])
     return torch.cat(features), torch.cat(labels)

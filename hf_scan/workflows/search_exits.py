@@ -23,7 +23,7 @@ from ..reporting.report import markdown_table
 from ..training.output_dirs import last_whole_checkpoint
 from ..training.trainer import ScanTrainer
 from ..training.training_args import ScanTrainingArguments
-from .candidates import candidates_of, keep_exits, left_out, with_candidates, with_exits
+from .candidates import candidates_of, keep_exits, left_out, network_of, with_candidates, with_exits
 from .part_costs import PartCosts, costs_of_parts
 from .placement import Problem, place_exits
 from .recipes import HEADS_RECIPE
@@ -307,7 +307,7 @@ def wide_network(
     """
     points = None if exit_points is None else list(exit_points)
     torch.manual_seed(seed)
-    wide = ScanForImageClassification(with_candidates(model.config, max_exits, points))
+    wide = network_of(with_candidates(model.config, max_exits, points, model.backbone), model.backbone)
     wide.backbone.load_state_dict(model.backbone.state_dict())
     wide.exit_config = wide.exit_config.replace(trained_on=model.exit_config.trained_on)
     moved: ScanForImageClassification = wide.to(device=model.device, memory_format=torch.channels_last)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -37,13 +39,45 @@ def test_switching_off_adds_policies_and_loses_none():
     assert alone.cost[0] < on.cost[0] + 1e-9
 
 
-def test_many_exits():
-    """More than are tried in all combinations."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 60)
-    logits = rng.normal(size=(60, 8, 3)).astype(np.float32)
-    logits[np.arange(60)[:, None], np.arange(8), labels[:, None]] += np.linspace(0, 2, 8)
-    rows = ExitTable(logits, labels, np.arange(60, dtype=np.uint64), "search", "")
-    frontier = exit_frontier(rows, ExitConfig(fallback="deepest"), ExitCosts([1.0] * 8, [0.1] * 8).cumulative)
-    assert frontier.thresholds.shape[1] == 7
-    assert frontier.accuracy.max() >= (rows.deepest == labels).mean()
+def many(exits: int, n: int = 300, seed: int = 0) -> ExitTable:
+    """Exits that know different things, so that several of them are worth it."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    logits = rng.normal(size=(n, exits, 3)).astype(np.float32)
+    logits[np.arange(n)[:, None], np.arange(exits), labels[:, None]] += np.linspace(0, 2, exits)
+    return ExitTable(logits, labels, np.arange(n, dtype=np.uint64), "search", "")
+
+
+@pytest.mark.parametrize(("exits", "policies"), [(8, 400_000), (13, 40_000)])
+def test_many_exits(exits, policies):
+    """Every policy gives what it says, also beyond the combinations that are all tried; a head that is off is free."""
+    rows, rule = many(exits), ExitConfig(fallback="deepest")
+    costs = ExitCosts([1.0] * exits, [0.01] * exits)
+    frontier = exit_frontier(rows, rule, costs.cumulative, max_policies=policies, polish=False)
+    assert frontier.thresholds.shape[1] == exits - 1
+    assert frontier.accuracy.max() >= (rows.deepest == rows.labels).mean()
+    # Grown beyond those that are all tried, where the grid is fine enough for it to pay.
+    assert (~np.isnan(frontier.thresholds)).sum(axis=1).max() >= (4 if exits == 8 else 2)
+    assert np.all(np.diff(frontier.cost) > 0)
+    assert np.all(np.diff(frontier.accuracy) > 0)
+    for accuracy, cost, thresholds in zip(frontier.accuracy, frontier.cost, frontier.thresholds):
+        exits_on = np.flatnonzero(~np.isnan(thresholds)).tolist()
+        config = rule.replace(thresholds=[None if np.isnan(t) else min(float(t), 0.999999) for t in thresholds])
+        assert accuracy_and_cost(rows, config, costs) == (pytest.approx(accuracy), pytest.approx(cost))
+        spent = costs.cumulative(config)
+        assert spent[exits - 1] == pytest.approx(exits + 0.01 * (len(exits_on) + 1))
+
+
+def test_the_reduction_covers_what_it_says():
+    """Each combination of three is on the frontier or beaten, with as many policies as it is tried with."""
+    rows, rule = many(8), ExitConfig(fallback="deepest")
+    costs = ExitCosts([1.0] * 8, [0.01] * 8)
+    frontier = exit_frontier(rows, rule, costs.cumulative, max_policies=40_000, polish=False)
+    for exits_on in itertools.combinations(range(7), 3):
+        config = rule.replace(thresholds=[0.5 if index in exits_on else None for index in range(7)])
+        columns = [*exits_on, 7]
+        scores, predictions = rows.columns(config)
+        right = predictions[:, columns] == rows.labels[:, None]
+        alone = exact_frontier(scores[:, columns], right, np.array(costs.cumulative(config))[columns], 600, False)
+        for accuracy, cost in zip(alone.accuracy, alone.cost):
+            assert frontier.accuracy[frontier.cost <= cost + 1e-9].max() >= accuracy - 1e-9

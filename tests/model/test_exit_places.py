@@ -33,7 +33,7 @@ def test_every_block_is_a_place_or_is_named_with_the_reason():
         ("stages.2", 48, 16),
         ("stages.3.blocks.0", 64, 32),
     ]
-    assert found.last_reduction == 32
+    assert found.last.reduction == 32
     assert found.dropped["stages.2.blocks.3"] == "which ends where 'stages.2' does"
     assert found.dropped["stages.3.blocks.1"] == "behind which only the backbone's own classifier stands"
 

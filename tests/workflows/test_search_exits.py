@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from hf_scan import ScanConfig, ScanForImageClassification, advise, search_exits
 from hf_scan.costs import ExitCosts, count_macs
@@ -190,3 +191,23 @@ def test_advice_is_of_costs_alone():
         advise(model, max_exits=0)
     with pytest.raises(ValueError, match="`backbone` is 'resnet_of_dreams'"):
         advise("resnet_of_dreams")
+
+
+def test_networks_of_other_libraries_are_advised_on():
+    advice = advise("torchvision/resnet18", exit_points=["layer2", "layer3.0"], runtime="macs", image_size=64)
+    assert [row["name"] for row in advice.rows] == ["layer2", "layer3.0"]
+    assert 1 < advice.bound < 4
+
+
+def test_exits_are_sought_in_a_module_of_ones_own(rows):
+    def block(channels, wider):
+        return nn.Sequential(nn.Conv2d(channels, wider, 3, 2, 1), nn.BatchNorm2d(wider), nn.ReLU())
+
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    plain = nn.Sequential(block(3, 8), block(8, 8), *pooled)
+    model = ScanForImageClassification.from_module(
+        plain, image_size=16, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}
+    )
+    found = search_exits(model, rows, max_exits=1, max_accuracy_drop=50, num_epochs=1, **QUIET)
+    assert [row["name"] for row in found.rows] == ["0"]
+    assert torch.equal(found.model.backbone[0][0].weight, plain[0][0].weight)
