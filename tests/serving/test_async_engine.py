@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hf_scan.runtime import ORTScanForImageClassification
 from hf_scan.serving import AsyncEngine, DeadlineExceeded, EngineClosed, QueueFull
+from hf_scan.serving.requests import Request
 
 from ..conftest import random_scan_model
 from .conftest import FATAL, FAULTY, NUM_LABELS, image
@@ -246,9 +248,15 @@ def test_ten_thousand_requests_are_each_ended_once(fake):
             for start in range(0, len(ends), 1000):
                 await asyncio.gather(*(one(engine, number, ends) for number in range(start, start + 1000)))
             assert engine.in_flight == 0
+            await asyncio.sleep(0)
+            worker = engine._worker
+            assert [len(held) for held in (worker._admitted, worker._arrived, worker._overflow)] == [0, 0, 0]
+            assert len(worker._scheduler) == 0
         return ends, engine.metrics.snapshot()["requests"]
 
     ends, counts = asyncio.run(main())
+    gc.collect()
+    assert not any(type(one) is Request for one in gc.get_objects())  # nothing is kept of what ended
     assert {len(end) for end in ends.values()} == {1}
     found = Counter(end[0] for end in ends.values())
     assert set(found) == {"right", "failed", "cancelled"}

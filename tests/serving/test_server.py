@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,3 +352,35 @@ def test_a_server_that_is_terminated_answers_first(checkpoint):
         process.wait(60)
     finally:
         process.kill()
+
+
+LOAD_SECONDS = 600.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_memory_is_bounded_under_load(loaded):
+    """By callers of whom some send too much, and some hang up."""
+    content, end = picture(0, "JPEG", (300, 300)), time.monotonic() + LOAD_SECONDS
+
+    async def call(client, number):
+        while time.monotonic() < end:
+            kind = {"content": content} if number % 4 else {"json": {"images": [in_base64(content)] * 100}}
+            with suppress(httpx.HTTPError):
+                answer = await client.post("/predict", timeout=0.01 if number % 8 == 1 else 60, **kind)
+                assert answer.status_code in (200, 413, 503)
+
+    async def run(port):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            calls = [asyncio.ensure_future(call(client, number)) for number in range(24)]
+            while time.monotonic() < end:
+                await asyncio.sleep(LOAD_SECONDS / 60)
+                held.append(int(Path("/proc/self/statm").read_text().split()[1]))
+            await asyncio.gather(*calls)
+
+    held: list[int] = []
+    with running(loaded, max_queue=64) as (port, service):
+        asyncio.run(run(port))
+        wait_until(lambda: (service.held, service.budget.held, service.engine.in_flight) == (0, 0, 0))
+    # After a warm-up. Pages of 4 KiB; an image of each request would be far more.
+    assert max(held[-10:]) - max(held[5:15]) < (50 << 20) // 4096
