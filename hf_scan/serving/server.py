@@ -9,18 +9,23 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-
+from ..extras import require_extra
 from .async_engine import AsyncEngine
 from .bodies import ByteBudget, ClientDisconnect, files_of
 from .images import MAX_PIXELS, ImageReader
 from .loading import LoadedModel
 from .requests import DeadlineExceeded, EngineClosed, QueueFull
 
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from pydantic import BaseModel
+    from starlette.exceptions import HTTPException
+except ImportError:
+    require_extra("serve", "`hf_scan.serving.server`")
+    raise
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
