@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.data import SaveMode
 
 from hf_scan.ray import ScanPredictor, skip_written
 
@@ -54,7 +55,7 @@ def main() -> None:
         num_cpus=given.cpus,
         batch_size=None,
     )
-    answers.write_parquet(given.output, mode="append")
+    answers.write_parquet(given.output, mode=SaveMode.APPEND)
     print(f"Written to {given.output}")
 
 

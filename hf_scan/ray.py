@@ -33,7 +33,7 @@ class ScanPredictor:
         threads (`int`, *optional*, defaults to 1): Threads that an actor computes with: its `num_cpus`.
         max_pixels (`int`, *optional*, defaults to 50,000,000): The most pixels of an image.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do about what is no image. `"skip"` gives it the label `None`, the exit -1 and NaN as confidence.
+            What to do about what is no image. `"skip"` gives it an empty label, the exit -1 and NaN as confidence.
         kwargs: Arguments of `predict_adaptive_stream`, such as `thresholds=[0.9, 0.9]`.
 
     Raises:
@@ -114,8 +114,8 @@ class ScanPredictor:
             labels = [self.model.config.id2label[index] for index in answer.logits.argmax(-1).tolist()]
             yield _columns(ids[rows], labels, answer.exit_index, answer.confidence)
         if unreadable:
-            nothing: list[str | None] = [None] * len(unreadable)
-            yield _columns(ids[unreadable], nothing, [UNREADABLE] * len(unreadable), [np.nan] * len(unreadable))
+            count = len(unreadable)
+            yield _columns(ids[unreadable], [""] * count, [UNREADABLE] * count, [np.nan] * count)
 
     def _pixels(self, image: Any) -> Any:
         if isinstance(image, Mapping):
@@ -185,7 +185,7 @@ def _stacked(pixels: list[Any]) -> Any:
     return torch.stack(pixels)
 
 
-def _columns(ids: Any, labels: list[str | None], exit_index: Any, confidence: Any) -> dict[str, np.ndarray]:
+def _columns(ids: Any, labels: list[str], exit_index: Any, confidence: Any) -> dict[str, np.ndarray]:
     return {
         "id": np.asarray(ids),
         "label": np.array(labels, dtype=object),

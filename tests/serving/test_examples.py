@@ -136,6 +136,6 @@ def test_spark(checkpoint, pictures, monkeypatch):
     finally:
         spark.stop()
     found = {int(row["path"]): row.asDict() for row in rows}
-    assert (found[12]["label"], found[12]["exit_index"], np.isnan(found[12]["confidence"])) == (None, -1, True)
+    assert (found[12]["label"], found[12]["exit_index"], np.isnan(found[12]["confidence"])) == ("", -1, True)
     for number, one in enumerate(expected_answers(checkpoint, pictures)):
         assert {name: found[number][name] for name in one} == one
