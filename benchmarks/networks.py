@@ -155,6 +155,12 @@ def keep(rows: list[dict[str, Any]], path: Path) -> None:
     scratch.replace(path)
 
 
+def shown(parts: list[str]) -> list[str]:
+    """Return the command line without the folders of this machine, and without where it keeps its files."""
+    kept = [part for at, part in enumerate(parts) if not {"--work", "--output"} & {part, parts[max(0, at - 1)]}]
+    return [f"runs/{Path(part).name}" if os.path.isabs(part) else part for part in kept]
+
+
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     model = ScanForImageClassification.from_pretrained(arguments.model).eval()
@@ -247,6 +253,5 @@ if __name__ == "__main__":
     parser.add_argument("--no-int8", dest="int8", action="store_false", help="leave INT8 out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file to write")
     given = parser.parse_args()
-    # Without the folders of this machine.
-    given.shown = [Path(part).name if os.path.isabs(part) else part for part in sys.argv]
+    given.shown = shown(sys.argv)
     main(given)

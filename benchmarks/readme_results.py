@@ -1,11 +1,11 @@
-"""Writes the table of results in README.md and the picture above it from the files in `benchmarks/results/`.
+"""Writes the tables of results in README.md and docs/benchmarks.md, and README's picture, from `benchmarks/results/`.
 
-    python benchmarks/readme_results.py           # write both
-    python benchmarks/readme_results.py --check   # fail if either is not what the files say
+    python benchmarks/readme_results.py           # write them
+    python benchmarks/readme_results.py --check   # fail if one is not what the files say
 
-The rows are those of `equip.json`, `networks.json` and `adaptive.json`; while the second does not exist, those of
-`deploy.json` take its place. The picture is an SVG written without a library, so that the same results give the same
-bytes, in colours that are readable on white and on black.
+The rows of the README are those of `networks.json` in ONNX Runtime and those of `adaptive.json`. The picture is an SVG
+written without a library, so that the same results give the same bytes, in colours that are readable on white and on
+black.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "results.svg"
 START, END = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
 
@@ -28,47 +28,18 @@ GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f
 
 
 def load_rows() -> list[dict[str, Any]]:
-    """The measured rows, one for each network, runtime and batch size."""
-    rows = _read("equip.json")
-    if (RESULTS / "networks.json").is_file():
-        rows += _read("networks.json")
-    else:
-        rows += [row for setting in _read("deploy.json") for row in _rows_of_deploy(setting)]
+    """The measured rows, one for each network, runtime and batch size. OpenVINO's are on the page alone."""
+    rows = [row for row in _read("networks.json") if not row["runtime"].startswith("OpenVINO")]
     return rows + _read("adaptive.json")
+
+
+def page_rows() -> list[dict[str, Any]]:
+    """The rows for the page of benchmarks: of all networks that have a plain twin, in all runtimes."""
+    return _read("networks.json")
 
 
 def _read(name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return rows
-
-
-def _rows_of_deploy(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plain and adaptive contenders of one network, joined. Networks with random weights have no accuracy to show."""
-    measured = {
-        (contender["engine"], contender["form"], int(size)): (contender["accuracy"], milliseconds)
-        for contender in setting["contenders"]
-        for size, milliseconds in contender["milliseconds"].items()
-    }
-    rows = []
-    for (engine, form, size), (accuracy, milliseconds) in measured.items():
-        if form != "adaptive, 1.0 points" or size == 8:
-            continue
-        plain_accuracy, plain = measured[engine, "plain", size]
-        rows.append(
-            {
-                "network": setting["backbone"],
-                "dataset": setting["dataset"],
-                "n": setting["splits"]["test"],
-                "plain_accuracy": plain_accuracy,
-                "adaptive_accuracy": accuracy,
-                "runtime": engine,
-                "batch_size": size,
-                "threads": setting["threads"],
-                "plain_ms": plain,
-                "adaptive_ms": milliseconds,
-                "speedup": plain / milliseconds,
-            }
-        )
     return rows
 
 
@@ -146,9 +117,9 @@ def _text(place: str, text: str, anchor: str, right: float, down: float) -> str:
     return f'<text x="{x + right:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
-def expected_readme(rows: Sequence[Mapping[str, Any]]) -> str:
-    """README.md with the table of these rows between its two comments."""
-    before, rest = README.read_text(encoding="utf-8").split(START)
+def expected(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A file with the table of these rows between its two comments."""
+    before, rest = path.read_text(encoding="utf-8").split(START)
     return f"{before}{START}\n{table(rows)}\n{END}{rest.split(END)[1]}"
 
 
@@ -158,7 +129,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
     check = parser.parse_args().check
     rows = load_rows()
-    files = {README: expected_readme(rows), PICTURE: picture(rows)}
+    files = {README: expected(README, rows), PAGE: expected(PAGE, page_rows()), PICTURE: picture(rows)}
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if check:
         print("\n".join(f"{path.relative_to(ROOT)} is not what the results say" for path in stale))

@@ -210,7 +210,8 @@ def test_readme_shows_what_the_results_say():
     module = readme_results()
     rows = module.load_rows()
     assert rows
-    assert module.README.read_text(encoding="utf-8") == module.expected_readme(rows)
+    assert module.README.read_text(encoding="utf-8") == module.expected(module.README, rows)
+    assert module.PAGE.read_text(encoding="utf-8") == module.expected(module.PAGE, module.page_rows())
     assert module.PICTURE.read_text(encoding="utf-8") == module.picture(rows)
 
 
