@@ -17,7 +17,7 @@ PACKAGE = Path(hf_scan.__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a checkpoint with code may rely on.
-BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors", "PIL", "httpx"}
+BROUGHT = {"numpy", "torch", "timm", "transformers", "huggingface_hub", "safetensors", "PIL"}
 # What the modules of each folder may import of the package, besides one another. CONTRIBUTING.md has the same table.
 ROOMS = {
     "model": set(),

@@ -5,6 +5,7 @@ import base64
 import io
 import os
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -115,11 +116,9 @@ def _file_of(source: str | os.PathLike[str], timeout: float | None) -> Any:
     """Return what PIL opens: the path of a file, or the bytes of a URL or of an image in base64."""
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
-        import httpx  # which Transformers uses
-
-        response = httpx.get(text, timeout=timeout, follow_redirects=True)
-        response.raise_for_status()
-        return io.BytesIO(response.content)
+        # Of the standard library, as a checkpoint's code may only import what every installation has.
+        with urlopen(text, timeout=timeout) as response:
+            return io.BytesIO(response.read())
     if os.path.exists(text):
         return text
     encoded = text.split(",", 1)[1] if text.startswith("data:image/") and "," in text else text

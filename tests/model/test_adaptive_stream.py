@@ -214,7 +214,7 @@ def test_a_bad_image_costs_the_others_nothing(model, images, ordered):
     assert found["exit_index"][3] == -1
     assert found["logits"][3].isnan().all()
     assert torch.equal(found["exit_index"][good], expected.exit_index[good])
-    torch.testing.assert_close(found["logits"][good], expected.logits[good])
+    torch.testing.assert_close(found["logits"][good], expected.logits[good], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ordered", [False, True])
