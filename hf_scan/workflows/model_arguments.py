@@ -162,8 +162,14 @@ def load_plain_run(folder: str | Path, name: str | None) -> tuple[nn.Module, str
         name (`str`, *optional*): The model in timm's registry that it is said to be.
 
     Raises:
+        `FileNotFoundError`: if a folder holds no checkpoint.
         `ValueError`: if it is another model.
     """
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise FileNotFoundError(
+            f"There is no file config.json in {folder}; expected a folder that a run with `--plain` wrote, or a file "
+            "of weights."
+        )
     wrapper = TimmWrapperForImageClassification.from_pretrained(folder)
     found = wrapper.config.architecture.split(".")[0]
     if name is not None and name.split(".")[0] != found:

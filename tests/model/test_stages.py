@@ -267,9 +267,12 @@ def test_bad_exit_points(exit_points, message):
         cut_into_stages(timm.create_model("test_resnet"), exit_points)
 
 
-def test_a_model_without_taps_is_refused():
-    with pytest.raises(ValueError, match=r"Linear gives 0 `feature_info` taps; .* needs two or more"):
+def test_a_model_without_maps_is_refused():
+    with pytest.raises(ValueError, match="Linear does not say which images it was made for; expected `image_size`"):
         cut_into_stages(nn.Linear(2, 2))
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    with pytest.raises(ValueError, match="Sequential has no map in front of its classifier"):
+        cut_into_stages(flat, image_shape=(3, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,19 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-RUNTIMES = [ORTScanForImageClassification, OVScanForImageClassification]
+# Every test of an engine on both runtimes, of which `make test` runs the first. What is common to both is in one class;
+# `test_openvino_runtime.py` tests what is not.
+RUNTIMES = [
+    pytest.param(ORTScanForImageClassification, id="onnxruntime"),
+    pytest.param(OVScanForImageClassification, id="openvino", marks=pytest.mark.slow),
+]
 
 
-@pytest.fixture(params=RUNTIMES, ids=["onnxruntime", "openvino"])
+@pytest.fixture(params=RUNTIMES)
 def engine(request, exported) -> ExportedScan:
     return request.param.from_pretrained(exported)
 
 
-@pytest.fixture(params=RUNTIMES, ids=["onnxruntime", "openvino"])
+@pytest.fixture(params=RUNTIMES)
 def int8(request, exported) -> ExportedScan:
     return request.param.from_pretrained(exported, subfolder="int8")

@@ -3,7 +3,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -307,18 +306,3 @@ def test_a_head_is_timed_between_two_passes(engine, images):
     assert ran == [(index, head) for head in (False, True) for index in range(last)]
     assert len(seconds) == 2 * last + 1
     assert min(seconds) > 0
-
-
-def test_threads_that_share_an_engine_keep_their_answers(engine, images):
-    """The memory of one request, or of its last answer, is not another's."""
-    pixels = images.numpy()
-    expected = [engine.plain(image[None]) for image in pixels]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            found = list(pool.map(lambda image: engine.plain(image[None]), pixels))
-            assert all((one == other).all() for one, other in zip(found, expected))
-
-
-def test_openvino_refuses_a_device_that_is_not_there(exported):
-    with pytest.raises(ValueError, match="`device` is 'TPU', which OpenVINO does not find"):
-        OVScanForImageClassification.from_pretrained(exported, device="TPU")

@@ -179,7 +179,7 @@ def test_bad_requests_are_refused_before_images_are_read(tmp_path, capsys):
     settings = {"model": "cifar_resnet20", "data": str(tmp_path / "none"), "output": str(tmp_path / "run")}
     for changes, message in (
         ({"weights": str(tmp_path / "none.pth")}, "There is no file"),
-        ({"model": "resnet_of_dreams", "weights": str(tmp_path)}, "There is no file"),
+        ({"model": "resnet_of_dreams", "weights": str(tmp_path)}, "There is no file config.json in"),
         ({"runtime": "tensorrt"}, "`runtime` is 'tensorrt'"),
         ({"runtime": "macs"}, "serves nothing"),
         ({"max_exits": 0}, "`max_exits` is 0"),
