@@ -122,6 +122,7 @@ def test_thresholds_from_anywhere_can_be_certified(network, tables):
     assert certify_thresholds(network, tables[1], RiskBound(5.0)).guarantee["n"] == 3000
 
 
+@pytest.mark.slow
 def test_what_is_certain_is_certified(network, caplog):
     """Without early exits nothing is lost, though on a small split some policy looks better, and is no longer."""
     fingerprint = network.fingerprint()

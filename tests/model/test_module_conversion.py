@@ -120,7 +120,7 @@ def test_samples_leave_and_the_others_go_on(converted):
         torch.testing.assert_close(answer.logits[row], logits[index][row])
 
 
-EXPORTED = [pytest.param(name, marks=[] if name == "transformers-resnet" else pytest.mark.slow) for name in MODULES]
+EXPORTED = [pytest.param(name, marks=[] if name == "torchvision-resnet18" else pytest.mark.slow) for name in MODULES]
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -11,25 +11,25 @@ from hf_scan.model.stages import StageState, cut_into_stages
 # differs: maps with the channels first or last, tokens with and without class tokens, several tensors, position
 # encodings, sizes.
 BACKBONES = """
-    beit_base_patch16_224 cait_xxs24_224 cifar_resnet20 cifar_resnet50 cifar_vgg16_bn cifar_wrn20_8 convit_tiny
-    test_byobnet test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny
-    deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0
-    test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0
-    fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 hardcorenas_b hgnetv2_b0 hiera_tiny_224 iformer_t
-    inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s
-    lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050 mobilenetv5_base
-    mobilevit_xxs nasnetalarge nest_tiny_jx nextvit_small test_nfnet pit_ti_224 pnasnet5large pvt_v2_b0 rdnet_tiny
-    regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d resnetblur18 test_resnet resnetv2_18 rexnet_100
-    selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
-    swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224
-    tnt_s_legacy_patch16_224 tresnet_m vgg11 visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos
-    samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p
-    xcit_nano_12_p8_224 eva02_tiny_patch14_224 coatnet_nano_rw_224 vit_relpos_small_patch16_224
+cifar_resnet20 cifar_resnet50 cifar_vgg16_bn cifar_wrn20_8 convit_tiny test_byobnet test_convnext cpubone_nano
+crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny deit_tiny_patch16_224 densenet121 dla46x_c dpn48b
+edgenext_xx_small efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0
+efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 gcvit_xxtiny ghostnet_050 hardcorenas_b
+hgnetv2_b0 iformer_t inception_next_atto lcnetv2_small levit_128s lowformer_b0 test_mambaout test_coatnet
+poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050 mobilevit_xxs test_nfnet pit_ti_224 pvt_v2_b0 rdnet_tiny
+regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d resnetblur18 test_resnet resnetv2_18 rexnet_100
+selecsls42 legacy_seresnet18 shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
+tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos
+ese_vovnet19b_slim_dw xcit_nano_12_p8_224 eva02_tiny_patch14_224 coatnet_nano_rw_224 vit_relpos_small_patch16_224
 """.split()  # noqa: SIM905
 
 
 SLOW = """
-    halonet_h1 convmixer_768_32 deepseek_vit_412m sam2_hiera_tiny naflexvit_base_patch16_parfac_gap qwen3_vit_88m
+halonet_h1 convmixer_768_32 deepseek_vit_412m sam2_hiera_tiny naflexvit_base_patch16_parfac_gap qwen3_vit_88m
+beit_base_patch16_224 cait_xxs24_224 davit_tiny focalnet_tiny_srf hiera_tiny_224 inception_resnet_v2 inception_v3
+inception_v4 mobilenetv5_base nasnetalarge nest_tiny_jx nextvit_small pnasnet5large sequencer2d_s
+swinv2_tiny_window16_256 swinv2_cr_tiny_224 vgg11 samvit_base_patch16_224 vitamin_small_224 volo_d1_224
+legacy_xception xception41p
 """.split()  # noqa: SIM905
 
 

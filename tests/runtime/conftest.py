@@ -17,7 +17,7 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-# Every test of an engine on both runtimes, of which `make test` runs the first. What is common to both is in one class;
+# Every test of an engine on both runtimes, of which `make test` runs the first. What both share is in one class;
 # `test_openvino_runtime.py` tests what is not.
 RUNTIMES = [
     pytest.param(ORTScanForImageClassification, id="onnxruntime"),

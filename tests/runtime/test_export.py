@@ -65,6 +65,7 @@ def test_quantised_with_weights_in_a_file_of_their_own(with_preprocessing, pixel
     np.testing.assert_allclose(int8.plain(pixels), int8(pixels).logits, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_int8_of_a_network_that_reads_the_batch_size_in_a_later_stage(tmp_path):
     """It is read from the images, which INT8 rounds first, and a later stage does not get them."""
     model = random_scan_model(backbone="test_convnext", image_size=64)
@@ -190,7 +191,7 @@ def test_what_differs_from_pytorch_is_not_put_in_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads that Linux lists")
-@pytest.mark.parametrize("own_options", [False, True])
+@pytest.mark.parametrize("own_options", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_pool_of_threads_for_all_sessions(exported, own_options):
     code = """
 import os, sys
