@@ -3,9 +3,8 @@
     python benchmarks/readme_results.py           # write them
     python benchmarks/readme_results.py --check   # fail if one is not what the files say
 
-The rows of the README are those of `networks.json` in ONNX Runtime and those of `adaptive.json`. The picture is an SVG
-written without a library, so that the same results give the same bytes, in colours that are readable on white and on
-black.
+The rows are those of `networks.json`, in the README of single images alone. The picture is an SVG written without a
+library, so that the same results give the same bytes, in colours that are readable on white and on black.
 """
 
 import argparse
@@ -28,18 +27,13 @@ GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f
 
 
 def load_rows() -> list[dict[str, Any]]:
-    """The measured rows, one for each network, runtime and batch size. OpenVINO's are on the page alone."""
-    rows = [row for row in _read("networks.json") if not row["runtime"].startswith("OpenVINO")]
-    return rows + _read("adaptive.json")
+    """The rows for the README: of single images. Those of batches are on the page of benchmarks."""
+    return [row for row in page_rows() if row["batch_size"] == 1]
 
 
 def page_rows() -> list[dict[str, Any]]:
-    """The rows for the page of benchmarks: of all networks that have a plain twin, in all runtimes."""
-    return _read("networks.json")
-
-
-def _read(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    """All measured rows, one for each network, runtime and batch size."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "networks.json").read_text(encoding="utf-8"))
     return rows
 
 
