@@ -19,7 +19,7 @@ from ..model.adaptive import check_eval_mode
 from ..model.evaluation_mode import evaluating
 from ..model.exit_criteria import confidence_of
 from ..model.exit_rule import AdaptiveOutput
-from ..model.stages import StageState
+from ..model.stages import StageState, parameters_by_stage
 from .allocator import allocator_hint
 from .values import ExitCosts, MeasuredCosts, RealisedSpeedup
 
@@ -89,11 +89,8 @@ def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
     """
     if (known := getattr(model, "counted", None)) is not None:
         return ExitCosts(**known["parameters"])
-    left = dict(model.backbone.named_parameters())
-    stages: list[float] = []
-    for stage in model.stages:
-        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
-        stages.append(sum(left.pop(name).numel() for name in used))
+    found = parameters_by_stage(model.backbone, model.stages)
+    stages: list[float] = [sum(parameter.numel() for parameter in own.values()) for own in found]
     heads: list[float] = [
         sum(
             parameter.numel() for name, parameter in head.named_parameters() if not name.startswith("hint_projection.")
@@ -101,7 +98,7 @@ def count_parameters(model: "ScanForImageClassification") -> ExitCosts:
         for head in model.exit_heads
     ]
     if not model.config.truncated:
-        heads.append(sum(parameter.numel() for parameter in left.values()))
+        heads.append(sum(parameter.numel() for parameter in model.backbone.parameters()) - sum(stages))
     return ExitCosts(stages, heads)
 
 

@@ -24,7 +24,7 @@ from .exit_heads import ExitHead, head_widths
 from .hub_mixin import HubMixin
 from .input_checks import InputChecksMixin
 from .module_conversion import ModuleConversionMixin
-from .stages import BackboneHead, Stage, StageState, cut_network
+from .stages import BackboneHead, Stage, StageState, cut_network, parameters_by_stage
 from .timm_conversion import TimmConversionMixin
 from .training_watch import watch_training
 from .truncation import TruncationMixin
@@ -210,11 +210,9 @@ class ScanForImageClassification(
 
     def weights_used(self, stages: list[Stage]) -> float:
         """Return the number of multiplications by weights for one pixel of the deepest map, in convolutions."""
-        names = dict(self.backbone.named_parameters())
         total = 0.0
-        for stage in stages:
-            used = [name for name in names if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
-            weights = sum(names.pop(name).numel() for name in used)
+        for stage, parameters in zip(stages, parameters_by_stage(self.backbone, stages)):
+            weights = sum(parameter.numel() for parameter in parameters.values())
             total += weights * (stages[-1].reduction / stage.reduction) ** 2
         return total
 

@@ -43,7 +43,7 @@ def named_full_disk(path: str | os.PathLike[str], outcome: str, instead: str = "
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether an error is that of a full disk or a quota that is used up, whoever raises it."""
+    """Return whether an error, of any library, is that of a full disk or an exhausted quota."""
     return getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS)
 
 

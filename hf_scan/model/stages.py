@@ -7,7 +7,7 @@ classifier stands.) Only modules that have an exit point inside are looked into;
 they are. A stage is a part of that list, made a function of the backbone, and passes on what later parts need.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -110,4 +110,22 @@ def keep_parts(backbone: nn.Module, parts: Collection[str]) -> None:
                     del members[name]
 
 
-__all__ = ["BackboneHead", "Stage", "StageState", "cut_into_stages", "cut_network", "keep_parts"]
+def parameters_by_stage(backbone: nn.Module, stages: Iterable[Stage]) -> list[dict[str, nn.Parameter]]:
+    """Return the parameters of each stage, by name. One that several stages use is the first's."""
+    left = dict(backbone.named_parameters())
+    found = []
+    for stage in stages:
+        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
+        found.append({name: left.pop(name) for name in used})
+    return found
+
+
+__all__ = [
+    "BackboneHead",
+    "Stage",
+    "StageState",
+    "cut_into_stages",
+    "cut_network",
+    "keep_parts",
+    "parameters_by_stage",
+]

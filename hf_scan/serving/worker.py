@@ -36,7 +36,7 @@ class Worker:
         )
         self._condition = threading.Condition()
         # What follows is guarded by the condition.
-        self._admitted: dict[int, Request] = {}  # worked on: each is removed once, by whoever ends it
+        self._admitted: dict[int, Request] = {}  # in progress; removed once, when the request ends
         self._arrived: list[Request] = []  # admitted, and not yet seen by the thread
         self._overflow: deque[Request] = deque()  # wait until there is room
         self._abandoned: set[int] = set()

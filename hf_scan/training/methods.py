@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..model.exit_criteria import confidence_of
+from ..model.stages import parameters_by_stage
 
 
 @contextmanager
@@ -28,24 +29,14 @@ def gradient_equilibrium(model: Any) -> Iterator[None]:
         model ([`ScanForImageClassification`]): The network.
     """
     handles = []
-    for index, parameters in enumerate(stage_parameters(model)):
+    for index, parameters in enumerate(parameters_by_stage(model.backbone, model.stages)):
         exits = model.num_exits - index
-        handles += [one.register_hook(partial(_divided, exits)) for one in parameters if one.requires_grad]
+        handles += [one.register_hook(partial(_divided, exits)) for one in parameters.values() if one.requires_grad]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def stage_parameters(model: Any) -> list[list[nn.Parameter]]:
-    """Return the parameters of each stage. One that several stages use is the first's. The classifier has none."""
-    left = dict(model.backbone.named_parameters())
-    found = []
-    for stage in model.stages:
-        used = [name for name in left if any(name == part or name.startswith(f"{part}.") for part in stage.parts)]
-        found.append([left.pop(name) for name in used])
-    return found
 
 
 def separate_heads(optimizer: torch.optim.Optimizer, heads: nn.Module, learning_rate: float) -> None:
@@ -102,4 +93,4 @@ def _divided(exits: int, gradient: torch.Tensor) -> torch.Tensor:
     return gradient / exits
 
 
-__all__ = ["gradient_equilibrium", "separate_heads", "stage_parameters", "survivor_weights"]
+__all__ = ["gradient_equilibrium", "separate_heads", "survivor_weights"]

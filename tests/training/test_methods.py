@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_scan import ScanTrainer
+from hf_scan.model.stages import parameters_by_stage
 from hf_scan.training.losses import SelfDistillationLoss
-from hf_scan.training.methods import gradient_equilibrium, stage_parameters, survivor_weights
+from hf_scan.training.methods import gradient_equilibrium, survivor_weights
 
 from ..conftest import random_scan_model
 from .test_trainer import arguments, fresh_model, rows
@@ -22,7 +23,8 @@ def gradients(model, losses):
     for loss in losses:
         model.zero_grad()
         loss.backward(retain_graph=True)
-        found.append([[of(parameter) for parameter in stage] for stage in stage_parameters(model)])
+        stages = parameters_by_stage(model.backbone, model.stages)
+        found.append([[of(parameter) for parameter in stage.values()] for stage in stages])
     return found
 
 
