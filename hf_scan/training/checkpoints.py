@@ -23,6 +23,7 @@ from ..model.named_errors import named_push_errors, reason_of
 from ..model.provenance import join_trained_on, unknown_images
 from .ema import TRAINED_WEIGHTS_NAME, EmaCallback
 from .output_dirs import check_space, last_whole_checkpoint
+from .precision import float32_strided_depthwise
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +83,10 @@ class CheckedTrainer(Trainer):
             self._check_space()
         self.trained_on = join_trained_on(self.trained_on, split)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with float32_strided_depthwise(self.model):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository that is pushed to, before training."""
