@@ -38,24 +38,22 @@ def page_rows() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One Markdown row for each row, in the order of the file."""
-    lines = [
-        "| network | test images | plain | adaptive | runtime | batch | speed-up |",
-        "|---|---|---:|---:|---|---:|---:|",
-    ]
-    for row in rows:
-        speedup = f"{row['speedup']:.2f}x"
-        cells = (
-            row["network"],
-            f"{row['n']:,} of {row['dataset']}",
-            f"{100 * row['plain_accuracy']:.2f}%",
-            f"{100 * row['adaptive_accuracy']:.2f}%",
-            row["runtime"],
-            row["batch_size"],
-            f"**{speedup}**" if row["speedup"] > 1 else speedup,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    """One Markdown row for each row, in the order of the file. A batch size that all share is left out."""
+    cells = {
+        "network": [row["network"] for row in rows],
+        "test images": [f"{row['n']:,} of {row['dataset']}" for row in rows],
+        "plain": [f"{100 * row['plain_accuracy']:.2f}%" for row in rows],
+        "adaptive": [f"{100 * row['adaptive_accuracy']:.2f}%" for row in rows],
+        "runtime": [row["runtime"] for row in rows],
+        "batch": [str(row["batch_size"]) for row in rows],
+        "speed-up": [f"**{row['speedup']:.2f}x**" if row["speedup"] > 1 else f"{row['speedup']:.2f}x" for row in rows],
+    }
+    if len(set(cells["batch"])) == 1:
+        del cells["batch"]
+    words = ("network", "test images", "runtime")
+    rules = ["---" if name in words else "---:" for name in cells]
+    lines = [f"| {' | '.join(cells)} |", f"|{'|'.join(rules)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in zip(*cells.values()))])
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -67,43 +65,51 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> str:
     ends = [[(row[f"{form}_ms"], 100 * row[f"{form}_accuracy"]) for form in ("plain", "adaptive")] for row in single]
     alone = zip(single[0].get("exit_ms", []), single[0].get("exit_accuracies", []))
     exits = [(milliseconds, 100 * accuracy) for milliseconds, accuracy in alone]
-    slowest = max(milliseconds for line in [*ends, exits] for milliseconds, _ in line)
     accuracies = [accuracy for line in [*ends, exits] for _, accuracy in line]
     low, high = math.floor(min(accuracies)) - 1, min(100, math.ceil(max(accuracies) + 0.5))
-    left, right, top, bottom = 64, 690, 30, 250
+    times = _round_steps(max(milliseconds for line in [*ends, exits] for milliseconds, _ in line))
+    left, right, top, bottom = 56, 700, 52, 300
 
     def place(milliseconds: float, accuracy: float) -> str:
-        x = left + milliseconds / (1.08 * slowest) * (right - left)
+        x = left + milliseconds / times[-1] * (right - left)
         return f"{x:.1f} {bottom - (accuracy - low) / (high - low) * (bottom - top):.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 66 + 24 * len(single)}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="15">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 72 + 26 * len(single)}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="17">',
         "<title>Accuracy over milliseconds for one image, plain and adaptive</title>",
-        f'<path d="M{left} {top}V{bottom}H{right}" stroke="{GREY}" fill="none"/>',
-        f'<g fill="{GREY}"><text x="{right}" y="{bottom + 40}" text-anchor="end">milliseconds for one image</text>',
-        f'<text x="8" y="{top - 12}">accuracy, %</text>',
+        f'<g fill="{GREY}"><text x="{right}" y="{bottom + 44}" text-anchor="end">milliseconds for one image</text>',
+        f'<text x="8" y="24">accuracy, %</text>',
+        '<text x="394" y="24">adaptive answers</text><text x="580" y="24">plain network</text>',
+        f'<circle cx="380" cy="18" r="7"/><circle cx="566" cy="18" r="6" fill="none" stroke="{GREY}" stroke-width="2.5"/>',
     ]
     for accuracy in range(low, high + 1, max(1, (high - low) // 5)):
-        parts.append(_text(place(0, accuracy), f"{accuracy}", "end", -10, 5))
-    for part in range(5):
-        parts.append(_text(place(slowest * part / 4, low), f"{slowest * part / 4:.2g}", "middle", 0, 20))
+        parts.append(f'<path d="M{place(0, accuracy)}H{right}" stroke="{GREY}" stroke-opacity="0.25"/>')
+        parts.append(_text(place(0, accuracy), f"{accuracy}", "end", -10, 6))
+    parts += [_text(place(milliseconds, low), f"{milliseconds:g}", "middle", 0, 22) for milliseconds in times]
     parts.append("</g>")
     for exit_ms, accuracy in exits:
         parts.append(f'<circle r="4" fill="{GREY}" transform="translate({place(exit_ms, accuracy)})"/>')
     if exits:
         parts.append(_text(place(*exits[0]), "an exit alone", "start", 10, 5).replace("<text", f'<text fill="{GREY}"'))
     for index, (row, (plain, adaptive)) in enumerate(zip(single, ends)):
-        colour, y = COLOURS[index % len(COLOURS)], bottom + 70 + 24 * index
+        colour, y = COLOURS[index % len(COLOURS)], bottom + 76 + 26 * index
         circles = f'<circle r="6" fill="none" transform="translate({place(*plain)})"/>'
         circles += f'<circle r="6" fill="{colour}" transform="translate({place(*adaptive)})"/>'
         parts.append(
             f'<g stroke="{colour}" stroke-width="2.5"><path d="M{place(*plain)}L{place(*adaptive)}"/>{circles}'
-            f'<path d="M{left} {y - 5}h24"/></g>'
-            f'<text x="{left + 34}" y="{y}" fill="{colour}">{row["runtime"]}: {plain[0]:.2f} to {adaptive[0]:.2f} ms, '
-            f"{plain[1]:.2f} to {adaptive[1]:.2f} %, {row['speedup']:.2f}x</text>"
+            f'<path d="M{left} {y - 6}h24"/></g>'
+            f'<text x="{left + 34}" y="{y}" fill="{colour}">{row["runtime"]}: {plain[0]:.1f} to {adaptive[0]:.1f} ms, '
+            f"{plain[1]:.1f} to {adaptive[1]:.1f} %, {row['speedup']:.2f}x</text>"
         )
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _round_steps(most: float) -> list[float]:
+    """Round numbers from 0 to at least so much, four to six of them."""
+    magnitude = 10 ** math.floor(math.log10(most / 4))
+    step = next(part * magnitude for part in (1, 2, 2.5, 5, 10) if part * magnitude >= most / 5)
+    return [step * count for count in range(math.ceil(most / step) + 1)]
 
 
 def _text(place: str, text: str, anchor: str, right: float, down: float) -> str:

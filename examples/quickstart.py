@@ -206,8 +206,11 @@ def print_results(report: dict[str, Any], deployed: list[dict[str, Any]], facts:
         found = {row["batch_size"]: f"{row['speedup']:.2f}x" for row in deployed if row["precision"] == precision}
         rows.append([f"ONNX Runtime, {precision}", *(found.get(size, "") for size in sizes.values())])
     print(markdown_table(rows))
-    print(f"\nWritten to {folder}. Next:\n  hf-scan demo --model {folder}   (the same in the browser; hf_scan[demo])")
-    print(f"  hf-scan predict {folder} {folder / 'samples' / '*.png'}")
+    beside = Path(sys.executable).with_name("hf-scan")
+    # After `make quickstart`, the environment is not activated.
+    command = "hf-scan" if shutil.which("hf-scan") or not beside.is_file() else os.path.relpath(beside)
+    print(f"\nWritten to {folder}. Next:\n  {command} predict {folder} {folder / 'samples' / '*.png'}")
+    print(f"  {command} demo --model {folder}   (the same in the browser; needs `pip install -e '.[demo]'`)")
 
 
 def measure_onnx_runtime(

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1
     ```
     """
+    # Before PyTorch is imported: no notice of a CUDA that is there without a GPU.
+    os.environ.setdefault("TORCH_LOGS", "-torch.utils.cpp_extension")
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json, debug = "--json" in given, "--debug" in given
     given = [part for part in given if part not in ("--json", "--debug")]
