@@ -79,9 +79,10 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> str:
         'font-family="system-ui, sans-serif" font-size="17">',
         "<title>Accuracy over milliseconds for one image, plain and adaptive</title>",
         f'<g fill="{GREY}"><text x="{right}" y="{bottom + 44}" text-anchor="end">milliseconds for one image</text>',
-        f'<text x="8" y="24">accuracy, %</text>',
+        '<text x="8" y="24">accuracy, %</text>',
         '<text x="394" y="24">adaptive answers</text><text x="580" y="24">plain network</text>',
-        f'<circle cx="380" cy="18" r="7"/><circle cx="566" cy="18" r="6" fill="none" stroke="{GREY}" stroke-width="2.5"/>',
+        '<circle cx="380" cy="18" r="7"/>',
+        f'<circle cx="566" cy="18" r="6" fill="none" stroke="{GREY}" stroke-width="2.5"/>',
     ]
     for accuracy in range(low, high + 1, max(1, (high - low) // 5)):
         parts.append(f'<path d="M{place(0, accuracy)}H{right}" stroke="{GREY}" stroke-opacity="0.25"/>')
