@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Collate rows of datasets into batches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,29 @@ def check_distributions(labels: torch.Tensor) -> None:
         )
 
 
+def check_first_row(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]]) -> torch.Tensor:
+    """
+    Return the label of a dataset's first row, as a batch has it, without a change to random numbers.
+
+    Args:
+        dataset: A dataset with one row or more.
+        collate (`Callable`): Collates rows.
+
+    Raises:
+        `TypeError`: if the row has no label that a tensor can hold. For other rows, as `collate` does.
+    """
+    with torch.random.fork_rng(devices=[]):  # a transform may draw, and a check changes no run
+        row = dataset[0]
+    labels = collate([row]).get("labels")
+    if not isinstance(labels, torch.Tensor):
+        found = row.get("labels", row.get("label"))
+        raise TypeError(
+            f"The dataset's first row has a label of type {type(found).__name__}; expected a class index under "
+            "`labels` or `label`."
+        )
+    return labels
+
+
 def rows_with_indices(rows: list[Any], label2id: Mapping[str, int]) -> list[Any]:
     """Return rows whose labels are names as dictionaries with class indices, and others as they are."""
     label: Any = None
@@ -117,4 +140,4 @@ def _as_index(label: Any, label2id: Mapping[str, int]) -> Any:
     return label2id[label]
 
 
-__all__ = ["check_distributions", "collate_rows", "rows_with_indices"]
+__all__ = ["check_distributions", "check_first_row", "collate_rows", "rows_with_indices"]

@@ -11,7 +11,7 @@ from hf_scan import ExitConfig, ScanForImageClassification, ScanTrainer
 from hf_scan.training.output_dirs import last_whole_checkpoint, lock_output_folder, replaced_folder
 
 from ..conftest import random_scan_model
-from ..training.test_trainer import arguments, rows
+from ..training.samples import arguments, rows
 from .processes import RANDOM, SEED, finish, kill_after, start
 
 

@@ -10,7 +10,7 @@ from transformers import set_seed
 from hf_scan import EmaCallback, ScanTrainer, ScanTrainingArguments
 
 from ..conftest import random_scan_model
-from .test_trainer import rows
+from .samples import rows
 
 
 def average_weights(output_dir: str, batch_size: int) -> None:

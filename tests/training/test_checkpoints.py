@@ -29,7 +29,7 @@ from hf_scan.training.checkpoints import CheckedTrainer
 from hf_scan.training.stage_features import extract_stage_features
 
 from ..conftest import random_scan_model
-from .test_trainer import arguments, fresh_model, rows
+from .samples import arguments, fresh_model, rows
 
 
 def train(model, images, folder, **settings) -> ScanForImageClassification:

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_scan import ScanConfig, ScanForImageClassification, ScanTrainer
 
-from .test_trainer import arguments, plain_arguments, rows
+from .samples import arguments, plain_arguments, rows
 
 
 NAMES = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "elk"}

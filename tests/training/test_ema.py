@@ -12,7 +12,7 @@ from hf_scan.training.baseline import plain_copy
 from hf_scan.training.ema import TRAINED_WEIGHTS_NAME
 
 from ..conftest import random_scan_model
-from .test_trainer import arguments, plain_arguments, rows
+from .samples import arguments, plain_arguments, rows
 
 
 class Recorder(TrainerCallback):

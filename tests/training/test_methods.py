@@ -10,7 +10,7 @@ from hf_scan.training.losses import SelfDistillationLoss
 from hf_scan.training.methods import gradient_equilibrium, survivor_weights
 
 from ..conftest import random_scan_model
-from .test_trainer import arguments, fresh_model, rows
+from .samples import arguments, fresh_model, rows
 
 
 def gradients(model, losses):

@@ -20,7 +20,7 @@ from hf_scan.training.baseline import plain_copy
 from hf_scan.training.losses import SelfDistillationLoss
 
 from ..conftest import random_scan_model
-from .test_trainer import arguments, plain_arguments
+from .samples import arguments, plain_arguments
 
 
 SEVERAL = "multi_label_classification"
