@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .exit_places import lay_out
+from .exit_layout import lay_out
 from .stage import BackboneHead, Stage, StageState
 from .tracing import as_function, needed_after
 

@@ -144,16 +144,6 @@ def test_a_stage_for_every_tap(name):
         assert torch.equal(backbone.forward_head(state.values[0]), backbone(images))
 
 
-def test_default_exit_points_are_no_shallower_than_reduction_4():
-    assert [stage.reduction for stage in cut_into_stages(timm.create_model("test_resnet"))] == [4, 8, 16, 32]
-    assert [stage.reduction for stage in cut_into_stages(timm.create_model("cifar_resnet18"))] == [1, 2, 4, 8]
-
-
-def test_a_network_without_a_pyramid_exits_at_the_quarters():
-    stages = cut_into_stages(timm.create_model("deit_tiny_patch16_224"))
-    assert [stage.name for stage in stages] == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
-
-
 def test_cutting_leaves_the_model_as_it_was():
     backbone = timm.create_model("test_resnet")
     backbone.layer1.eval()  # modes differ from module to module
@@ -245,28 +235,6 @@ def test_weights_are_those_of_the_moment():
     assert torch.equal(backbone.forward_head(state.values[0]), backbone(images))
 
 
-@pytest.mark.parametrize(
-    ("exit_points", "message"),
-    [
-        (["layer9"], r"holds 'layer9', which does not exist\. .*'layer1'"),
-        ([7], "holds 7, which does not exist"),
-        ([-1], "holds -1, which does not exist"),
-        (["layer4"], "holds 'layer4', where the backbone's own classifier stands"),
-        (["layer3", "layer1"], "not in order"),
-        (["layer3.0", "layer2.0"], r"does not run \['layer3.0', 'layer2.0'\] in this order"),
-        ([1, 1], "names a place twice"),
-        ([], "names a place twice or none"),
-        ([""], "holds '', which does not exist"),
-        (["layer4.0.conv1"], r"holds 'layer4.0.conv1', which stands in a branch"),
-        (["layer2.0.downsample"], r"holds 'layer2.0.downsample', which stands in a branch"),
-        (["fc"], "holds 'fc', which ResNet runs 0 times on the way to its final feature; expected once"),
-    ],
-)
-def test_bad_exit_points(exit_points, message):
-    with pytest.raises(ValueError, match=message):
-        cut_into_stages(timm.create_model("test_resnet"), exit_points)
-
-
 def test_a_model_without_maps_is_refused():
     with pytest.raises(ValueError, match="Linear does not say which images it was made for; expected `image_size`"):
         cut_into_stages(nn.Linear(2, 2))
@@ -350,11 +318,6 @@ class _Odd(_Net):
 def test_modules_after_which_there_is_no_exit(point, reason):
     with pytest.raises(ValueError, match=f"`exit_points` holds '{point}', {reason}.* _Odd can exit after"):
         cut_into_stages(_Odd(), [point])
-
-
-def test_two_exits_at_one_place_are_refused():
-    with pytest.raises(ValueError, match=r"'layer3.0' and 'layer3', which end at the same place\. Keep one"):
-        cut_into_stages(timm.create_model("test_resnet"), ["layer3.0", "layer3"])
 
 
 def test_an_image_that_the_network_does_not_take_is_named():
