@@ -24,6 +24,7 @@ from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.named_errors import reason_of, write_whole
 from ..model.provenance import unknown_images
+from ..model.weight_files import fingerprint_of
 from ..reporting.model_card import create_model_card
 from ..reporting.report import exit_report, exit_table, speedup_lines
 from ..training.output_dirs import lock_output_folder, replaced_folder
@@ -167,10 +168,10 @@ class _Run:
         """Fit a new classifier where the weights are of other classes than the images."""
         arguments, file = self.arguments, self.steps.folder / "plain.pt"
         settings = {name: getattr(arguments, name) for name in ("model", "weights", "image_size", "data", "seed")}
-        settings |= {
-            "images": self.count_images(),
-            "fingerprint": None if self.new_classes else self.plain.fingerprint(),
-        }
+        settings |= {"images": self.count_images(), "fingerprint": None}
+        if not self.new_classes:
+            # Of the backbone alone: the exits that the network was built with are random, and are not used.
+            settings["fingerprint"] = fingerprint_of(sorted(self.plain.backbone.state_dict().items()))
 
         def work() -> dict[str, Any]:
             accuracy = None

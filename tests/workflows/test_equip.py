@@ -134,6 +134,18 @@ def test_it_goes_on_where_it_stopped(photos, weights, tmp_path, capsys, monkeypa
     assert trained == ["train"]
 
 
+def test_weights_of_the_images_classes_are_recognised(photos, tmp_path, capsys, monkeypatch):
+    """When a run goes on: the network that is built of them has random exits, which are not used."""
+    file = tmp_path / "two.safetensors"
+    save_file(timm.create_model("cifar_resnet20", num_classes=2).state_dict(), file)
+    monkeypatch.setattr(module, "_check_classes", lambda *_: None)  # it is not trained
+    arguments = {**SETTINGS, "weights": str(file), "runtime": "pytorch"}
+    request = EquipArguments(model="cifar_resnet20", data=str(photos), output=str(tmp_path / "run"), **arguments)
+    for _ in range(2):
+        module._Run(request).prepare_plain()
+    assert capsys.readouterr().out.count("done before") == 1
+
+
 def test_where_no_exit_pays_it_says_so(photos, weights, tmp_path, monkeypatch):
     """Heads as dear as the network."""
     costs = module.costs_of_parts
