@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The demo's page, with Gradio: [`build_page`] and [`launch_page`]."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ..extras import require_extra
 from ..model.exit_config import ExitConfig
+from ..reporting.saved_frontier import SavedFrontier
 from .html import CSS, answer_html, attention_html, frontier_svg, rule_html, shares_html
 from .network import DemoNetwork, int8_folder
 
@@ -17,7 +19,7 @@ from .network import DemoNetwork, int8_folder
 # with a point for one threshold at all exits.
 Setting = int | float | None
 
-MOST_POINTS = 5.0
+MOST_POINTS, LEAST_STEP = 5.0, 0.1
 NOTHING_YET = '<div class="scan quiet">Drop an image, or choose one of those below it.</div>'
 INTRODUCTION = (
     "Each exit answers as soon as it is sure enough; an image that leaves early skips the rest of the network. "
@@ -187,11 +189,24 @@ def _knobs(network: DemoNetwork) -> tuple[Any, Any]:
             "Points of accuracy you may lose",
             "of the deepest exit's, on the images that the frontier was found on",
         )
-        slider = gr.Slider(0, MOST_POINTS, 0, step=0.1, label=label, info=info, elem_id="drop")
+        most, step = points_and_step(network.frontier)
+        slider = gr.Slider(0, most, 0, step=step, label=label, info=info, elem_id="drop")
     else:
         label, info = "One threshold for all exits", "The checkpoint has no frontier.json: start the demo with --data"
         slider = gr.Slider(0, 1, 0.9, step=0.01, label=label, info=info, elem_id="drop")
     return slider, gr.Button("Back to the checkpoint's thresholds", size="sm", elem_id="own")
+
+
+def points_and_step(frontier: SavedFrontier) -> tuple[float, float]:
+    """
+    Return how far the slider goes and in which steps, in points of accuracy.
+
+    It ends at what the cheapest policy loses. A step is one image more that may be answered wrongly, since less
+    changes nothing; it is rounded up, so that steps add up to no less than the images.
+    """
+    step = max(LEAST_STEP, math.ceil(1e4 / max(1, frontier.samples)) / 100)
+    most = min(MOST_POINTS, 100 * (frontier.deepest_accuracy - min(frontier.accuracy)))
+    return round(step * max(1, math.ceil(most / step - 1e-9)), 2), step
 
 
 def _enlarged(image: Image.Image, least: int = 128) -> Image.Image:

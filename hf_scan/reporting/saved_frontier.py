@@ -150,6 +150,7 @@ class SavedFrontier:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             frontier = cls(**found)
+            _check_numbers([frontier.deepest_accuracy, frontier.samples])
             for policy in range(len(frontier)):
                 _check_numbers([frontier.accuracy[policy], frontier.cost[policy]])
                 frontier.exit_config(policy)

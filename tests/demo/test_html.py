@@ -1,9 +1,11 @@
 import re
+from dataclasses import replace
 
 import pytest
 
 from hf_scan.demo.html import answer_html, frontier_svg, rule_html, shares_html
 from hf_scan.demo.network import ExitView, ImageView
+from hf_scan.demo.page import points_and_step
 from hf_scan.reporting.saved_frontier import SavedFrontier
 
 
@@ -15,6 +17,15 @@ FRONTIER = SavedFrontier(
     unit="MACs, computed",
     split="search",
     samples=500,
+)
+# Up to three of 252 images more are wrong than at the deepest exit.
+FEW_IMAGES = replace(
+    FRONTIER,
+    accuracy=[247 / 252, 248 / 252, 249 / 252, 250 / 252],
+    cost=[0.3, 0.4, 0.5, 0.8],
+    thresholds=[[level, 0.0] for level in (0.2, 0.4, 0.6, 0.9)],
+    deepest_accuracy=250 / 252,
+    samples=252,
 )
 VIEW = ImageView(
     label="<b>cat",
@@ -28,6 +39,14 @@ VIEW = ImageView(
     macs=0.6,
     plain_label="cow",
 )
+
+
+def test_every_step_of_the_slider_changes_the_thresholds():
+    most, step = points_and_step(FEW_IMAGES)
+    assert (most, step) == (1.2, 0.4)
+    assert [FEW_IMAGES.cheapest(count * step) for count in range(4)] == [3, 2, 1, 0]
+    assert points_and_step(FRONTIER) == (5.0, 0.2)  # the cheapest policy loses ten points
+    assert points_and_step(replace(FRONTIER, accuracy=[0.9] * 3)) == (0.2, 0.2)  # nothing to lose, but a slider
 
 
 def test_an_answer_says_where_the_image_left():
