@@ -19,6 +19,7 @@ from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, plan_
 from .routing import Group, answer_with_fallback, check_finite, run_batch
 from .saving import save_export, upload_export
 from .sessions import Sessions
+from .staged_export import finish
 from .stream import in_order, numbered, run_stream
 
 
@@ -96,6 +97,8 @@ class ExportedScan:
                 "need `export=True`."
             )
         folder = Path(model_id, subfolder) if os.path.isdir(model_id) else download(model_id, subfolder, **kwargs)
+        finish(Path(model_id))
+        finish(folder)
         manifest = Manifest.load(folder / ONNX_FOLDER)
         config = read_config(folder, manifest)
         recorded = read_exit_config(folder)

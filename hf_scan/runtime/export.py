@@ -2,8 +2,6 @@
 """Export a network to ONNX as a whole, cut it into stages, and compare them with PyTorch."""
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 from ..costs.measure import count_macs, count_parameters
 from ..extras import require_extra
 from ..model.evaluation_mode import evaluating
-from ..model.named_errors import named_full_disk
 from ..model.stages import StageState
 from .compare import BATCH_SIZES, compare_with_itself, compare_with_pytorch
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import RULE, ExitSettings, plan_steps
+from .staged_export import finish, old_entries, staged_export
 
 
 if TYPE_CHECKING:
@@ -113,33 +111,17 @@ def export_onnx(
         _check_preprocessing(model)
     if model.config.truncated:
         raise ValueError("A truncated network has one exit and nothing to route; export it with `torch.onnx.export`.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     compiled, model.compiled = model.compiled, None
     try:
-        with evaluating(model), named_full_disk(target, "what was there has not changed"):
-            _write(model, scratch / "new", calibration_dataset, include_preprocessing, opset)
-        _put_in_place(scratch, target)
+        with staged_export(target, removed=lambda name: True) as new, evaluating(model):
+            _write(model, new, calibration_dataset, include_preprocessing, opset)
     finally:
         model.compiled = compiled
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put_in_place(scratch: Path, target: Path) -> None:
-    """Rename the new export to its place. If that fails, an earlier export is restored."""
-    old = scratch / "old"
-    if target.exists():
-        target.rename(old)
-    try:
-        (scratch / "new").rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
 
 
 def _check_folder(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / ONNX_FOLDER).is_dir())):
+    finish(target)
+    if target.exists() and (not target.is_dir() or (old_entries(target) and not (target / ONNX_FOLDER).is_dir())):
         raise ValueError(f"{target} exists and is not an earlier export. Name another folder, or remove it.")
 
 

@@ -2,22 +2,22 @@
 """Save an exported network with its exit configuration, to a folder or the Hub."""
 
 import shutil
-import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..model.named_errors import named_full_disk, named_push_errors
+from ..model.named_errors import named_push_errors
 from .loading import EXIT_CONFIG_NAME
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import RULE, ExitSettings, plan_steps
+from .staged_export import COMPLETE, WRITING, staged_export
 
 
 def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path) -> None:
     """
     Write an export with an exit configuration to a folder, which may be its own. Earlier files of the same names are
-    replaced once everything is written.
+    replaced once everything is written, all together.
 
     Args:
         folder (`Path`): The export.
@@ -31,26 +31,15 @@ def save_export(folder: Path, manifest: Manifest, exit_config: Any, target: Path
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder to save to. Name another one.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        named_full_disk(target, "what was there has not changed"),
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch,
-    ):
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        shutil.copytree(folder, new)
+    # Others stay, such as an export in 8 bits or a card. Where none is written, the exit configuration is the default.
+    with staged_export(target, removed=lambda name: name == EXIT_CONFIG_NAME) as new:
+        shutil.copytree(folder, new, ignore=shutil.ignore_patterns(f"{WRITING}*", f"{COMPLETE}*"))
         (new / EXIT_CONFIG_NAME).unlink(missing_ok=True)
         if exit_config != type(exit_config)():  # also where it only says what the weights were trained on
             exit_config.save_pretrained(new)
         settings = ExitSettings.of(exit_config)
         if settings.thresholds is not None and not manifest.holds(settings, plan_steps(settings, manifest.num_exits)):
             _nest_again(settings, manifest, new / ONNX_FOLDER)
-        target.mkdir(exist_ok=True)
-        old.mkdir()
-        for name in {EXIT_CONFIG_NAME, *(entry.name for entry in new.iterdir())}:
-            if (target / name).exists():
-                (target / name).rename(old / name)
-            if (new / name).exists():
-                (new / name).rename(target / name)
 
 
 def _nest_again(settings: ExitSettings, manifest: Manifest, folder: Path) -> None:
