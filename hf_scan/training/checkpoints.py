@@ -6,7 +6,9 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,14 @@ class CheckedTrainer(Trainer):
         with named_push_errors(self._name_on_the_hub()):
             return super().push_to_hub(*args, **kwargs)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        before = list(getattr(getattr(self, "push_in_progress", None), "jobs", []))
+        super()._push_from_checkpoint(checkpoint_folder)
+        # Trainer pushes in the background, and does not look at how that ends.
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if job not in before:
+                job.add_done_callback(partial(_warn_of_failed_push, self._name_on_the_hub()))
+
     def _name_on_the_hub(self) -> str:
         return str(
             getattr(self, "hub_model_id", None) or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -191,6 +201,16 @@ class CheckedTrainer(Trainer):
             f"The checkpoint {folder} could not be written ({error}). Make space there or choose another "
             f"`output_dir`; training can be resumed from {last or 'nothing yet'}."
         )
+
+
+def _warn_of_failed_push(repo_id: str, job: Future[Any]) -> None:
+    if job.cancelled():
+        return
+    try:
+        with named_push_errors(repo_id):
+            job.result()
+    except Exception as error:  # training is worth more than a push
+        logger.warning(f"{error} Training goes on.")
 
 
 def _num_checkpoints(args: TrainingArguments, dataset: Any) -> int:

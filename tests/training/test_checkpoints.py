@@ -1,5 +1,6 @@
 import copy
 import json
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from hf_scan import (
     EmaCallback,
@@ -306,3 +308,26 @@ def test_checkpoints_that_do_not_fit_on_the_disk(tmp_path):
     for fewer in ({"save_total_limit": 1}, {"save_steps": 10**9}, {"save_strategy": "no"}):
         trainer = ScanTrainer(model, arguments(tmp_path / "run", **{**settings, **fewer}), train_dataset=FIRST)
         trainer._check_space()
+
+
+def test_a_push_in_the_background_that_fails_is_named(tmp_path, monkeypatch, caplog):
+    """Trainer drops what it ends with. Each is named once, also where a later one is added to those that wait."""
+    jobs = [Future(), Future()]
+
+    def push(trainer, folder):
+        trainer.push_in_progress = PushInProgress(jobs[: int(folder)])
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = ScanTrainer(random_scan_model(), arguments(tmp_path, hub_model_id="alice/net"))
+    trainer._push_from_checkpoint("1")
+    trainer._push_from_checkpoint("2")
+    with caplog.at_level("WARNING"):
+        logging.enable_propagation()
+        jobs[0].set_exception(ConnectionError("no route to host"))
+        jobs[1].set_result(None)
+        logging.disable_propagation()
+    assert (
+        caplog.text.count("alice/net could not be pushed to (ConnectionError: no route to host). Check the name") == 1
+    )
+    assert "Training goes on." in caplog.text
+    assert len(caplog.records) == 1
