@@ -24,10 +24,9 @@ import torch
 from serving_simulation import Replica, poisson, seconds_of, simulate, summary
 
 from hf_scan.costs import describe_machine, keep_freed_memory
-from hf_scan.model.adaptive import Group
 from hf_scan.serving import AsyncEngine
 from hf_scan.serving.loading import load_model
-from hf_scan.serving.networks import served_network
+from hf_scan.serving.networks import Arrivals, served_network
 
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -127,7 +126,7 @@ def stage_times(model: Any, images: torch.Tensor, rounds: int) -> dict[str, list
         return statistics.median(found)
 
     for size in SIZES:
-        group = Group.join([network.group(row, images[row : row + 1]) for row in range(size)])
+        group: Any = Arrivals(list(range(size)), list(images[:size]))
         for index, stage in enumerate(stages):
             stage[size] = median(lambda index=index, group=group: network.advance(index, group))
             group = network.advance(index, group)[1]

@@ -111,8 +111,7 @@ class AsyncEngine:
         self._worker.check_open()
         prepared = self._network.prepare(image)
         loop = asyncio.get_running_loop()
-        number = next(self._numbers)
-        request = Request(number, self._network.group(number, prepared), loop, time.monotonic())
+        request = Request(next(self._numbers), prepared, loop, time.monotonic())
         if not self._worker.submit(request, wait_for_room=self.on_full == "wait"):
             self.metrics.note_outcome("refused")
             raise QueueFull(

@@ -4,7 +4,7 @@
 import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -48,12 +48,14 @@ class EngineMetrics:
         with self._lock:
             self._waiting = waiting
 
-    def note_latency(self, exit_index: int, seconds: float) -> None:
-        """Count the time from a request to its answer."""
+    def note_latencies(self, answered: Iterable[tuple[int, float]]) -> None:
+        """Count answers: the exit of each, and the seconds from its request."""
         with self._lock:
-            counts = self._latencies.setdefault(exit_index, [0] * (len(LATENCY_EDGES) + 1))
-            counts[bisect_left(LATENCY_EDGES, seconds)] += 1
-            self._seconds[exit_index] += seconds
+            for exit_index, seconds in answered:
+                if exit_index not in self._latencies:
+                    self._latencies[exit_index] = [0] * (len(LATENCY_EDGES) + 1)
+                self._latencies[exit_index][bisect_left(LATENCY_EDGES, seconds)] += 1
+                self._seconds[exit_index] += seconds
 
     def snapshot(self) -> dict[str, Any]:
         """

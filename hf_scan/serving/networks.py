@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """The two kinds of networks that an engine runs stage by stage: of PyTorch, and exported."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -14,14 +15,53 @@ class Row(NamedTuple):
     Args:
         number (`int`): Which sample.
         logits (`torch.Tensor` or `np.ndarray` of shape `(num_labels,)`): Its logits, on the host.
+        label (`int`): The label with the largest logit.
         exit_index (`int`): The exit that answered; -1 if the logits are not finite.
         confidence (`float`): The confidence of the answer.
     """
 
     number: int
     logits: Any
+    label: int
     exit_index: int
     confidence: float
+
+
+Result = Row | tuple[int, Exception]  # or which sample has no answer, and why
+
+
+class Arrivals:
+    """
+    Images in front of the first stage. They become one array when the stage takes them, and not one by one.
+
+    Args:
+        ids (`list[int]`): Their numbers.
+        images (`list`): The images, on the host and without a batch dimension.
+    """
+
+    __slots__ = ("ids", "images")
+
+    def __init__(self, ids: list[int], images: list[Any]) -> None:
+        self.ids, self.images = ids, images
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the images."""
+        return self.ids
+
+    def select(self, rows: slice | list[int]) -> "Arrivals":
+        """Return some of the images."""
+        if isinstance(rows, slice):
+            return Arrivals(self.ids[rows], self.images[rows])
+        return Arrivals([self.ids[row] for row in rows], [self.images[row] for row in rows])
+
+    @staticmethod
+    def join(groups: "Sequence[Arrivals]") -> "Arrivals":
+        """Return one group of the images of several."""
+        ids = [number for group in groups for number in group.ids]
+        return Arrivals(ids, [image for group in groups for image in group.images])
 
 
 class ServedNetwork(Protocol):
@@ -31,13 +71,13 @@ class ServedNetwork(Protocol):
     id2label: dict[int, str]
 
     def prepare(self, image: Any) -> Any:
-        """Return an image as a checked batch of one, on the host."""
+        """Return an image of the right shape and type, on the host and without a batch dimension."""
 
-    def group(self, number: int, image: Any) -> Any:
-        """Return a group of one image in front of the first stage."""
-
-    def advance(self, index: int, group: Any) -> tuple[list[Row], Any | None]:
-        """Run a stage; return the answers to the samples that leave, and the group of the others."""
+    def advance(self, index: int, group: Any) -> tuple[list[Result], Any | None]:
+        """
+        Run a stage. Return the answers to the samples that leave, or why there is none, and the group of the others.
+        The first stage takes [`Arrivals`].
+        """
 
 
 def served_network(model: Any, exit_config: Any, max_exit: int | None, changes: dict[str, Any]) -> ServedNetwork:
@@ -66,11 +106,11 @@ def served_network(model: Any, exit_config: Any, max_exit: int | None, changes: 
 
 def one_image(image: Any, shape: tuple[int, ...]) -> Any:
     """
-    Return an image with a batch dimension.
+    Return an image without a batch dimension.
 
     Args:
         image (`torch.Tensor` or `np.ndarray`): The image, with a batch dimension of 1 or none.
-        shape (`tuple[int, ...]`): The shape that it must have without one.
+        shape (`tuple[int, ...]`): The shape that it must have.
 
     Raises:
         `TypeError`: if it is no array.
@@ -83,9 +123,9 @@ def one_image(image: Any, shape: tuple[int, ...]) -> Any:
         )
     found = tuple(image.shape)
     if found == shape:
-        return image[None]
-    if found == (1, *shape):
         return image
+    if found == (1, *shape):
+        return image[0]
     raise ValueError(f"The image has shape {found}; expected {shape}. Prepare it with the model's image processor.")
 
 
@@ -104,27 +144,46 @@ class ExportedNetwork:
         self._shape, self._dtype = tuple(model.manifest.image["shape"]), model.manifest.image["dtype"]
 
     def prepare(self, image: Any) -> np.ndarray:
-        """Return an image as a checked batch of one."""
-        images = np.asarray(one_image(image, self._shape))
-        if images.dtype != self._dtype:
-            raise ValueError(f"The image holds {images.dtype}; the exported network takes {self._dtype}.")
-        if self._dtype != "uint8" and not np.isfinite(images.sum(dtype=np.float32)):
-            raise ValueError("The image holds NaN or infinite values; expected finite ones. Check the image.")
-        return images
+        """Return an image of the right shape and type."""
+        prepared = np.asarray(one_image(image, self._shape))
+        if prepared.dtype != self._dtype:
+            raise ValueError(f"The image holds {prepared.dtype}; the exported network takes {self._dtype}.")
+        return prepared
 
-    def group(self, number: int, image: np.ndarray) -> Any:
-        """Return a group of one image in front of the first stage."""
-        return self._group(np.array([number]), [image])
-
-    def advance(self, index: int, group: Any) -> tuple[list[Row], Any | None]:
+    def advance(self, index: int, group: Any) -> tuple[list[Result], Any | None]:
         """Run a stage and route its samples."""
+        results: list[Result] = []
+        if index == 0:
+            images = np.stack(group.images)
+            if self._dtype != "uint8" and not np.isfinite(images.sum(dtype=np.float32)):
+                finite = np.isfinite(images.reshape(len(images), -1)).all(axis=1)
+                results = without_answer(group, finite)
+                group, images = group.select(finite.nonzero()[0].tolist()), images[finite]
+            if len(group) == 0:
+                return results, None
+            group = self._group(np.array(group.ids), [images])
         answers, stay = self._advance(self.model, self.settings, self.plan, index, group)
-        rows = []
         for some in answers:
-            columns = zip(some.ids.tolist(), some.logits, some.exit_index.tolist(), some.confidence.tolist())
+            columns = (some.logits.argmax(-1), some.exit_index, some.confidence)
             # A copy, or a caller who keeps one answer would keep its whole batch's.
-            rows += [Row(number, logits.copy(), exit_index, sure) for number, logits, exit_index, sure in columns]
-        return rows, stay
+            rows = zip(some.ids.tolist(), map(np.copy, some.logits), *(column.tolist() for column in columns))
+            results += map(Row._make, rows)
+        return results, stay
 
 
-__all__ = ["ExportedNetwork", "Row", "ServedNetwork", "one_image", "served_network"]
+def without_answer(group: Arrivals, finite: Sequence[bool]) -> list[Result]:
+    """Return the results of the images that hold NaN or infinite values."""
+    text = "The image holds NaN or infinite values; expected finite ones. Check the image."
+    return [(number, ValueError(text)) for number, good in zip(group.ids, finite) if not good]
+
+
+__all__ = [
+    "Arrivals",
+    "ExportedNetwork",
+    "Result",
+    "Row",
+    "ServedNetwork",
+    "one_image",
+    "served_network",
+    "without_answer",
+]

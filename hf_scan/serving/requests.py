@@ -43,15 +43,15 @@ class Request:
 
     Args:
         number (`int`): Its number, of which there is one a request.
-        group: The image as a group of one.
+        image: The image, as the network prepares it.
         loop (`asyncio.AbstractEventLoop`): The event loop in which the caller waits.
         arrived (`float`): When it came, in seconds.
     """
 
-    __slots__ = ("arrived", "future", "group", "loop", "number")
+    __slots__ = ("arrived", "future", "image", "loop", "number")
 
-    def __init__(self, number: int, group: Any, loop: asyncio.AbstractEventLoop, arrived: float) -> None:
-        self.number, self.group, self.loop, self.arrived = number, group, loop, arrived
+    def __init__(self, number: int, image: Any, loop: asyncio.AbstractEventLoop, arrived: float) -> None:
+        self.number, self.image, self.loop, self.arrived = number, image, loop, arrived
         self.future: asyncio.Future[Answer] = loop.create_future()
 
 

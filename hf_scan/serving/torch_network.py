@@ -1,16 +1,15 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """A network of PyTorch for an engine that runs it stage by stage."""
 
-import math
 from typing import Any
 
 import torch
 
-from ..model.adaptive import Group, advance, check_eval_mode
+from ..model.adaptive import Group, advance, check_eval_mode, non_finite_images
 from ..model.exit_rule import plan_exits
 from ..model.problem_type import for_problem
 from ..model.stages import StageState
-from .networks import Row, one_image
+from .networks import Arrivals, Result, Row, one_image, without_answer
 
 
 class TorchNetwork:
@@ -22,36 +21,45 @@ class TorchNetwork:
         self.exit_config = for_problem(chosen, model.config.problem_type)
         self.plan = plan_exits(self.exit_config, model.num_exits, max_exit)
         self.model, self.num_stages, self.id2label = model, len(self.plan), model.config.id2label
-        self._shape = (model.config.num_channels, model.config.image_size, model.config.image_size)
+        self._dtype, self._shape = (
+            model.dtype,
+            (model.config.num_channels, model.config.image_size, model.config.image_size),
+        )
 
     def prepare(self, image: Any) -> torch.Tensor:
-        """Return an image as a checked batch of one, on the host."""
-        images = torch.as_tensor(one_image(image, self._shape), device="cpu")
-        self.model.check_pixel_values(images)
-        total = images.sum(dtype=torch.float32).item()
-        if not math.isfinite(total):
-            raise ValueError("The image holds NaN or infinite values; expected finite ones. Check the image.")
-        self.model.warn_of_raw_pixels(total / images.numel())
-        return images
-
-    def group(self, number: int, image: torch.Tensor) -> Group:
-        """Return a group of one image in front of the first stage."""
-        return Group(torch.tensor([number]), StageState.from_images(image))
+        """Return an image of the right shape and type, on the host."""
+        prepared = torch.as_tensor(one_image(image, self._shape), device="cpu")
+        if prepared.dtype != self._dtype:
+            self.model.check_pixel_values(prepared[None])
+        return prepared
 
     @torch.inference_mode()
-    def advance(self, index: int, group: Group) -> tuple[list[Row], Group | None]:
+    def advance(self, index: int, group: Any) -> tuple[list[Result], Group | None]:
         """Run a stage and route its samples."""
+        results: list[Result] = []
         if index == 0:
-            images = group.state.values[0].to(self.model.device, self.model.dtype)
-            group = Group(group.ids.to(images.device), StageState.from_images(images))
+            results, group = self._gathered(group)
+            if len(group) == 0:
+                return results, None
         answers, stay = advance(self.model, self.exit_config, self.plan, index, group, failed=[])
-        rows = []
         for some in answers:
             assert some.ids is not None
-            logits = [one.clone() for one in some.logits.cpu()]  # or one answer would keep the whole batch's
-            columns = zip(some.ids.tolist(), logits, some.exit_index.tolist(), some.confidence.tolist())
-            rows += [Row(*column) for column in columns]
-        return rows, stay
+            columns = (some.logits.argmax(-1), some.exit_index, some.confidence)
+            # A copy, or a caller who keeps one answer would keep its whole batch's.
+            logits = map(torch.clone, some.logits.cpu())
+            results += map(Row._make, zip(some.ids.tolist(), logits, *(column.tolist() for column in columns)))
+        return results, stay
+
+    def _gathered(self, group: Arrivals) -> tuple[list[Result], Group]:
+        """Return images that arrived as a batch on the network's device, and which are not finite."""
+        images = torch.stack(group.images)
+        results: list[Result] = []
+        if bad := non_finite_images(self.model, images):
+            good = [row for row in range(len(images)) if row not in set(bad)]
+            results = without_answer(group, images.flatten(1).isfinite().all(dim=1).tolist())
+            group, images = group.select(good), images[good]
+        images = images.to(self.model.device, self.model.dtype)
+        return results, Group(torch.tensor(group.ids, device=images.device), StageState.from_images(images))
 
 
 __all__ = ["TorchNetwork"]

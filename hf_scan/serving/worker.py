@@ -9,7 +9,7 @@ from typing import Any
 
 from ..model.stage_scheduler import StageScheduler
 from .metrics import EngineMetrics
-from .networks import Row, ServedNetwork
+from .networks import Arrivals, Result, Row, ServedNetwork
 from .requests import Answer, EngineClosed, Request, resolve
 
 
@@ -31,9 +31,7 @@ class Worker:
         self.network, self.metrics = network, metrics
         self.batch_size, self.max_wait, self.max_queue = batch_size, max_wait, max_queue
         # Only the thread touches it.
-        self._scheduler: StageScheduler[Any, Row | tuple[int, Exception]] = StageScheduler(
-            network.num_stages, batch_size, self._advance
-        )
+        self._scheduler: StageScheduler[Any, Result] = StageScheduler(network.num_stages, batch_size, self._advance)
         self._condition = threading.Condition()
         # What follows is guarded by the condition.
         self._admitted: dict[int, Request] = {}  # in progress; removed once, when the request ends
@@ -155,8 +153,8 @@ class Worker:
     def _take_in(self) -> None:
         """Let what arrived wait in front of the first stage, and leave out what was abandoned."""
         for request in self._arrived:
-            self._scheduler.put(request.group, request.arrived)
-            request.group = None  # or its pixels would be held until the last stage
+            self._scheduler.put(Arrivals([request.number], [request.image]), request.arrived)
+            request.image = None  # or its pixels would be held until the last stage
         self._arrived.clear()
         if self._abandoned:
             self._scheduler.remove(self._abandoned)
@@ -172,16 +170,15 @@ class Worker:
         while self._overflow and len(self._admitted) < self.max_queue:
             self._admit(self._overflow.popleft())
 
-    def _advance(self, index: int, group: Any) -> tuple[list[Row | tuple[int, Exception]], Any | None]:
+    def _advance(self, index: int, group: Any) -> tuple[list[Result], Any | None]:
         """Run a stage. If it fails for a batch, run it for each sample alone, so that only some of them fail."""
         self.metrics.note_batch(index, len(group))
         try:
-            rows, stay = self.network.advance(index, group)
-            return list(rows), stay
+            return self.network.advance(index, group)
         except Exception as error:
             if len(group) == 1:
                 return [(group.numbers()[0], error)], None
-        results: list[Row | tuple[int, Exception]] = []
+        results: list[Result] = []
         staying = []
         for row in range(len(group)):
             some, stay = self._advance(index, group.select([row]))
@@ -189,13 +186,13 @@ class Worker:
             staying += [] if stay is None else [stay]
         return results, staying[0].join(staying) if staying else None
 
-    def _result(self, found: Row | tuple[int, Exception]) -> tuple[int, Answer | Exception]:
+    def _result(self, found: Result) -> tuple[int, Answer | Exception]:
         if not isinstance(found, Row):
             return found
         if found.exit_index < 0:
             text = "The network gives logits that are not finite, though the image is. Check its weights."
             return found.number, ValueError(text)
-        label = self.network.id2label[int(found.logits.argmax())]
+        label = self.network.id2label[found.label]
         return found.number, Answer(found.logits, label, found.exit_index, found.confidence)
 
     def _end(self, results: list[tuple[int, Answer | Exception]]) -> None:
@@ -209,9 +206,9 @@ class Worker:
                 self._abandoned.discard(number)
             self._make_room()
         now = time.monotonic()
-        for request, result in ended:
-            if isinstance(result, Answer):
-                self.metrics.note_latency(result.exit_index, now - request.arrived)
+        self.metrics.note_latencies(
+            [(result.exit_index, now - request.arrived) for request, result in ended if isinstance(result, Answer)]
+        )
         self._hand_out(ended)
 
     def _hand_out(self, results: list[tuple[Request, Any]]) -> None:

@@ -50,6 +50,31 @@ def test_answers_are_those_that_images_get_alone(kind, rule, request, images):
     assert [answer.label for answer in answers] == [f"LABEL_{int(row.argmax())}" for row in expected.logits]
 
 
+@pytest.mark.parametrize("kind", ["pytorch", "onnx"])
+def test_images_that_are_not_finite_fail_alone(kind, request, images):
+    given = images[:6].clone()
+    given[1, 0, 3, 3], given[4, 2, 0, 0] = float("nan"), float("inf")
+    if kind == "pytorch":
+        network = request.getfixturevalue("model")
+    else:
+        network, given = (
+            ORTScanForImageClassification.from_pretrained(request.getfixturevalue("exported")),
+            given.numpy(),
+        )
+
+    async def main():
+        async with AsyncEngine(network, batch_size=6, thresholds=[0.6, 0.6]) as engine:
+            answers = await ask_all(engine, given)
+            return answers, (await asyncio.gather(engine(given[1]), return_exceptions=True)), engine.metrics.snapshot()
+
+    answers, alone, counts = asyncio.run(main())
+    refused = [answers.pop(4), answers.pop(1), *alone]
+    assert all(isinstance(one, ValueError) and "NaN or infinite" in str(one) for one in refused)
+    expected = network.predict_adaptive(given[[0, 2, 3, 5]], thresholds=[0.6, 0.6])
+    assert [answer.exit_index for answer in answers] == expected.exit_index.tolist()
+    assert (counts["requests"]["failed"], counts["requests"]["answered"]) == (3, 4)
+
+
 def test_an_easy_image_overtakes_a_hard_one(fake):
     async def main():
         engine = AsyncEngine(fake, batch_size=2, max_wait_ms=LONG)
