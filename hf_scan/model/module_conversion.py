@@ -45,7 +45,9 @@ class ModuleConversionMixin(PreTrainedModel):
 
         What is recognised as one of a library's is saved by its name there and loaded like any other. A module of your
         own is trained, calibrated and exported to ONNX; it cannot be saved with `save_pretrained`, since a checkpoint
-        holds no code.
+        holds no code. `include_code=True` copies the files of `hf_scan.model`, which import torch, timm and
+        Transformers only; what a module of your own imports besides cannot be told from it, so that a checkpoint with
+        its code would fail wherever a file is missing. Register it with timm to save it by a name.
 
         Args:
             module (`torch.nn.Module`): The classifier, also in a `torch.compile` or `DataParallel` around it.
