@@ -111,9 +111,9 @@ def _equip(arguments: list[str]) -> Any:
 
 def _advise(arguments: list[str]) -> Any:
     parser = _parser("advise", "--model tf_efficientnet_lite0 --weights lite0.safetensors --data photos")
-    parser.add_argument("--model", required=True, help="a model in timm's registry")
+    parser.add_argument("--model", required=True, help="a model of timm, or 'torchvision/resnet18'")
     parser.add_argument("--data", help="a folder of images, a folder for each class: tries exits on them")
-    parser.add_argument("--weights", default="timm", help="with --data, a file of weights (default: timm's own)")
+    parser.add_argument("--weights", default="timm", help="with --data, a file (default: the library's own)")
     parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
     parser.add_argument("--runtime", choices=("pytorch", "onnx", "macs"), default="pytorch", help="what to measure")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: 1)")

@@ -12,6 +12,7 @@ from ..model.modeling_scan import ScanForImageClassification
 from ..reporting.report import markdown_table
 from .candidates import candidates_of, left_out, network_of, with_candidates
 from .part_costs import costs_of_parts
+from .torchvision_source import torchvision_name
 from .verdict import Verdict, break_even, verdict_of_costs
 
 
@@ -94,8 +95,8 @@ def advise(
         [`Advice`]: a table when printed.
 
     Raises:
-        `ValueError`: if timm does not know the name, the network has no place for an exit, or an argument is out of
-            range.
+        `ValueError`: if timm or torchvision does not know the name, the network has no place for an exit, or an
+            argument is out of range.
 
     Example:
 
@@ -111,10 +112,9 @@ def advise(
         raise ValueError(f"`max_exits` is {max_exits}; expected a whole number of at least 1.")
     if isinstance(model, str):
         settings = {"num_labels": 1000, **config}
-        source, _, name = model.rpartition("/")
-        if source == "torchvision":
-            settings = {"backbone_source": source, "image_size": 224, **settings}
-        model = ScanForImageClassification(ScanConfig(backbone=name if source == "torchvision" else model, **settings))
+        if (name := torchvision_name(model)) is not None:
+            settings = {"backbone_source": "torchvision", "image_size": 224, **settings}
+        model = ScanForImageClassification(ScanConfig(backbone=name or model, **settings))
     elif config:
         raise ValueError(f"{sorted(config)} are for a network that is given by name; this one is as it is.")
     points = None if exit_points is None else list(exit_points)

@@ -39,6 +39,7 @@ from .part_costs import RUNTIMES, PartCosts, costs_of_parts, serving_runtime
 from .recipes import HEADS_RECIPE
 from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
 from .steps import Steps
+from .torchvision_source import for_other_classes, load_torchvision, torchvision_name
 from .verdict import NOTHING
 
 
@@ -57,7 +58,8 @@ def equip(model: str, data: str, output: str, **settings: Any) -> Equipped:
     measure, export and document it. A run that was interrupted goes on where it stopped when it is started again.
 
     Args:
-        model, data, output (`str`): As in [`EquipArguments`], a model of timm, a folder of images and one to write to.
+        model, data, output (`str`): As in [`EquipArguments`], a model of timm or torchvision, a folder of
+            images and one to write to.
         settings: The other fields of [`EquipArguments`], such as `weights` and `max_accuracy_drop`.
 
     Returns:
@@ -386,6 +388,8 @@ class _Run:
 
 def _load_source(arguments: EquipArguments) -> ScanForImageClassification:
     """Return the trained network as it is, with the classes that it knows."""
+    if (name := torchvision_name(arguments.model)) is not None:
+        return load_torchvision(name, arguments.weights, arguments.image_size)
     settings: dict[str, Any] = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     if arguments.weights == "timm":
         return ScanForImageClassification.from_timm(arguments.model, pretrained=True, **settings)
@@ -399,6 +403,8 @@ def _load_source(arguments: EquipArguments) -> ScanForImageClassification:
 
 def _for_classes(source: ScanForImageClassification, names: list[str]) -> ScanForImageClassification:
     """Return the network with a new classifier for other classes."""
+    if source.config.backbone_source == "torchvision":
+        return for_other_classes(source, names)
     return ScanForImageClassification.from_timm(
         source.backbone,
         num_labels=len(names),

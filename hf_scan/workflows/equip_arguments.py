@@ -11,12 +11,12 @@ class EquipArguments:
     What to equip, with what, and for which target.
 
     Args:
-        model (`str`): A model in timm's registry.
+        model (`str`): A model in timm's registry, or one of torchvision as `"torchvision/resnet18"`.
         data (`str`): A folder of images, with a folder for each class, in `train` and `test` or in none of these; or
             a dataset on the Hub.
         output (`str`): Folder to write to.
         weights (`str`, *optional*, defaults to `"timm"`): A file of the model's weights, a folder that a run with
-            `--plain` wrote, or `"timm"` for timm's own.
+            `--plain` wrote, or `"timm"` for the library's own.
         max_accuracy_drop (`float`, *optional*, defaults to 0.5): Points that may be lost against the plain network.
         guarantee (`float`, *optional*): Points that are certified not to be exceeded, on images kept for that.
         delta (`float`, *optional*, defaults to 0.05): Probability with which the guarantee may be wrong.
@@ -38,11 +38,11 @@ class EquipArguments:
         seed (`int`, *optional*, defaults to 0): Of everything random.
     """
 
-    model: str = field(metadata={"help": "A model in timm's registry, such as 'tf_efficientnet_lite0'."})
+    model: str = field(metadata={"help": "A model of timm, or of torchvision as 'torchvision/resnet18'."})
     data: str = field(metadata={"help": "A folder of images, a folder for each class; or a dataset on the Hub."})
     output: str = field(metadata={"help": "Folder to write to."})
     weights: str = field(
-        default="timm", metadata={"help": "A file or a plain run's folder, or 'timm' for timm's own."}
+        default="timm", metadata={"help": "A file or a plain run's folder, or 'timm' for the library's own."}
     )
     max_accuracy_drop: float = field(
         default=0.5, metadata={"help": "Points that may be lost against the plain network."}

@@ -36,7 +36,7 @@ def fit_classifier(
     Raises:
         `ValueError`: if the classifier is not a linear layer on a feature for each image.
     """
-    classifier = model.backbone.get_classifier()
+    classifier = _classifier_of(model)
     if not isinstance(classifier, nn.Linear):
         raise ValueError(
             f"The classifier of {model.config.backbone!r} is a {type(classifier).__name__}; expected a linear layer. "
@@ -57,6 +57,14 @@ def fit_classifier(
         classifier.weight.copy_(weight / scale)
         classifier.bias.copy_(bias - weight @ (mean / scale))
     return accuracies[best]
+
+
+def _classifier_of(model: ScanForImageClassification) -> Any:
+    """Return the last layer of a backbone, which timm's tell, and those of other libraries have at the end."""
+    if hasattr(model.backbone, "get_classifier"):
+        return model.backbone.get_classifier()
+    *_, last = (module for module in model.backbone.modules() if not list(module.children()))
+    return last
 
 
 @torch.inference_mode()

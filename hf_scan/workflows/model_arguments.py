@@ -200,16 +200,7 @@ def load_plain_network(
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if it holds no weights, or not those of the model.
     """
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; expected the weights of {name!r}.")
-    try:
-        values = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zip files and safetensors, which have many kinds
-        raise ValueError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else error!r}); expected a "
-            "state dictionary in a .safetensors or .pth file."
-        ) from error
+    path, values = Path(weights), read_weights(weights, name)
     arguments = {**size_argument(name, image_size), **(backbone_kwargs or {})}
     with torch.device("meta"):
         classifier = create_timm_model(name, **arguments).pretrained_cfg["classifier"]
@@ -230,6 +221,31 @@ def load_plain_network(
     return plain
 
 
+def read_weights(weights: str | Path, name: str) -> dict[str, torch.Tensor]:
+    """
+    Read a state dictionary from a file, without running code in it.
+
+    Args:
+        weights (`str` or `Path`): A `.safetensors` or `.pth` file.
+        name (`str`): The model, for messages.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if it holds no weights.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; expected the weights of {name!r}.")
+    try:
+        values: dict[str, torch.Tensor] = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zip files and safetensors, which have many kinds
+        raise ValueError(
+            f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else error!r}); expected a "
+            "state dictionary in a .safetensors or .pth file."
+        ) from error
+    return values
+
+
 def source_on_the_hub(name: str) -> str | None:
     """Return the repository that timm has the weights of a name from, if it is one."""
     if ":" in name:
@@ -245,5 +261,6 @@ __all__ = [
     "create_model",
     "load_plain_network",
     "load_plain_run",
+    "read_weights",
     "source_on_the_hub",
 ]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_scan import Equipped, ExitConfig, ScanConfig, ScanForImageClassification, equip, image_splits
+from hf_scan import Equipped, ExitConfig, ScanConfig, ScanForImageClassification, advise, equip, image_splits
 from hf_scan.cli import main
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ORTScanForImageClassification
@@ -203,6 +204,52 @@ def test_bad_requests_are_refused_before_images_are_read(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
     assert main(["equip", "--model", "cifar_resnet20"]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_a_network_of_torchvision_by_its_name(photos, tmp_path):
+    """Its own classes or others, prepared as torchvision prepares images for it."""
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet18(num_classes=2).eval()
+    torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
+    given = ("torchvision/resnet18", str(photos), str(tmp_path / "run"), str(tmp_path / "resnet18.pth"))
+    source = module._load_source(EquipArguments(*given, image_size=32))
+    config, pixels = source.config, torch.randn(2, 3, 32, 32)
+    assert (config.backbone_source, config.backbone, config.image_size) == ("torchvision", "resnet18", 32)
+    assert config.preprocessing["mean"] == [0.485, 0.456, 0.406]
+    assert torch.equal(source.eval().backbone(pixels), plain(pixels))
+    other = module._for_classes(source, ["cat", "dog", "cow"]).eval()
+    assert (other.config.id2label, other.config.backbone) == ({0: "cat", 1: "dog", 2: "cow"}, "resnet18")
+    splits = image_splits(photos, create_image_processor(other), crop="none")
+    before = other.backbone.fc.weight.clone()
+    fit_classifier(other, splits["test"])
+    assert not torch.equal(other.backbone.fc.weight, before)
+    kept = [name for name in plain.state_dict() if not name.startswith("fc.")]
+    assert all(torch.equal(other.backbone.state_dict()[name], plain.state_dict()[name]) for name in kept)
+
+
+def test_names_and_weights_that_torchvision_does_not_have(tmp_path):
+    given = {"data": str(tmp_path / "none"), "output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="torchvision has no classifier 'resnet_of_dreams'"):
+        equip("torchvision/resnet_of_dreams", **given)
+    with pytest.raises(ValueError, match="torchvision has no classifier 'resnet_of_dreams'"):
+        advise("torchvision/resnet_of_dreams")
+    save_file({"fc.bias": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of 'torchvision/resnet18'"):
+        equip("torchvision/resnet18", weights=str(tmp_path / "weights.safetensors"), **given)
+    with pytest.raises(ValueError, match=r"holds no classifier\.1\.bias, of the classifier"):
+        equip("torchvision/mobilenet_v2", weights=str(tmp_path / "weights.safetensors"), **given)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        equip("torchvision/resnet18", weights="none.pth", **given)
+
+
+@pytest.mark.slow
+def test_a_network_of_torchvision_is_equipped(photos, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "resnet18.pth")
+    settings = {**SETTINGS, "max_accuracy_drop": 20, "runtime": "pytorch", "weights": str(tmp_path / "resnet18.pth")}
+    equip("torchvision/resnet18", str(photos), str(tmp_path / "run"), **settings)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert (model.config.backbone_source, model.config.backbone) == ("torchvision", "resnet18")
 
 
 def test_the_folder_of_a_plain_run_is_taken(photos, tmp_path):
