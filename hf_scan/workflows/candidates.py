@@ -2,7 +2,7 @@
 """Where a network could have exits: after every block, with heads of the size that a few exits would have."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,29 @@ def candidates_of(model: ScanForImageClassification) -> Candidates:
     return find_candidates(model.backbone, (config.num_channels, config.image_size, config.image_size))
 
 
+def spread_over(names: Sequence[str], costs: Sequence[float], most: int) -> list[str]:
+    """
+    Return at most so many of some places, evenly over the cost of a network.
+
+    Args:
+        names (`Sequence[str]`): The places, from shallow to deep.
+        costs (`Sequence[float]`): Of each stage, the last one behind them included, in any unit.
+        most (`int`): How many.
+
+    Example:
+
+    ```python
+    >>> from hf_scan.workflows.candidates import spread_over
+
+    >>> spread_over(["a", "b", "c", "d"], [0.1, 0.1, 0.1, 0.3, 0.4], 2)
+    ['c', 'd']
+    ```
+    """
+    reached = np.cumsum(costs)[:-1] / sum(costs)
+    wanted = np.arange(1, most + 1) / (most + 1)
+    return [names[place] for place in sorted({int(np.abs(reached - share).argmin()) for share in wanted})]
+
+
 def _thinned(names: list[str], most: int) -> list[str]:
     if len(names) <= most:
         return names
@@ -185,6 +208,7 @@ __all__ = [
     "keep_exits",
     "left_out",
     "network_of",
+    "spread_over",
     "with_candidates",
     "with_exits",
 ]

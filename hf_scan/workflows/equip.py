@@ -14,12 +14,13 @@ from ..calibration.calibrate import calibrate
 from ..calibration.certify import RiskBound
 from ..calibration.exit_table import ExitTable, collect_exit_logits
 from ..costs.allocator import keep_freed_memory
-from ..costs.measure import describe_machine, measure_costs, realised_speedup
+from ..costs.measure import count_macs, describe_machine, measure_costs, realised_speedup
 from ..costs.values import MeasuredCosts, RealisedSpeedup
 from ..data.columns import split_off
 from ..data.datasets import SeededImages
 from ..data.transforms import eval_transform, train_transform
 from ..model.evaluation_mode import evaluating
+from ..model.exit_config import ExitConfig
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.named_errors import reason_of, write_whole
@@ -30,7 +31,7 @@ from ..reporting.report import exit_report, exit_table, speedup_lines
 from ..training.output_dirs import lock_output_folder, replaced_folder
 from ..training.trainer import collate_rows
 from .calibrate_run import score
-from .candidates import candidates_of
+from .candidates import candidates_of, spread_over
 from .data_arguments import DataArguments, check_search_split, load_splits, metadata, title
 from .equip_arguments import EquipArguments, Equipped
 from .linear_probe import fit_classifier
@@ -50,6 +51,8 @@ TIMED_IMAGES = 100
 CHECKED_IMAGES = 100
 # Of the heads' learning rate, where the backbone is trained with them: its weights are good already.
 FINETUNING_RATE = 0.1
+# Candidates of a network that is trained with them: each pulls at the backbone, so that they are few.
+JOINT_CANDIDATES = 6
 
 
 def equip(model: str, data: str, output: str, **settings: Any) -> Equipped:
@@ -137,15 +140,18 @@ class _Run:
         if not self.new_classes:
             _name_classes(self.plain, names)
         self.steps = Steps(Path(arguments.output, STEPS), 5)
+        self.plain_search: ExitTable | None = None  # what the plain network answers, where another is made of it
 
     def run(self) -> Equipped:
         counts = self.count_images()
         print(f"{title(self.arguments.data)}: {', '.join(f'{count} {name}' for name, count in counts.items())} images")
         self.prepare_plain()
         search = self.place_exits()
+        if self.arguments.finetune:
+            search = self.train_jointly(search)
         if not search.exit_points:
             return self.give_up(search)
-        model = self.train_exits(search)
+        model = search.create_model().eval() if self.arguments.finetune else self.train_heads(search)
         engine = self.measure(model)
         return self.finish(model, engine, search)
 
@@ -193,6 +199,9 @@ class _Run:
         """Train the heads of all candidates, measure costs once, and choose."""
         arguments, folder = self.arguments, self.steps.folder / "search"
         wide = wide_network(self.plain, arguments.max_exits, arguments.exit_points, arguments.seed)
+        if arguments.finetune and len(wide.exit_heads) > JOINT_CANDIDATES:
+            points = spread_over([stage.name for stage in wide.stages[:-1]], count_macs(wide).stages, JOINT_CANDIDATES)
+            wide = wide_network(self.plain, arguments.max_exits, points, arguments.seed)
         names = ("search_epochs", "batch_size", "max_exits", "finetune", "serve_batch_size")
         settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
         settings |= {"exit_points": wide.config.exit_points, "guarantee": arguments.guarantee is not None}
@@ -211,10 +220,21 @@ class _Run:
         candidates, count = len(wide.exit_heads), len(self.splits["train"])
         what = f"Place exits: {candidates} candidates, {arguments.search_epochs:g} epochs of {count:,} images"
         found = self.steps.run("search", what, settings, work)
+        self.costs = PartCosts.from_dict(found["costs"])
+        return self.choose(folder)
+
+    def choose(self, folder: Path, plain: ExitTable | None = None) -> ExitSearch:
+        """Choose among the candidates of a network in a folder, which may have been trained with them."""
+        arguments = self.arguments
         wide = ScanForImageClassification.from_pretrained(folder / "model").eval()
-        table, costs = ExitTable.load(folder / "table.safetensors"), PartCosts.from_dict(found["costs"])
-        dropped = candidates_of(self.plain).dropped if arguments.exit_points is None else {}
-        search = choose_exits(wide, table, costs, arguments.max_exits, arguments.max_accuracy_drop, dropped)
+        table = ExitTable.load(folder / "table.safetensors")
+        dropped: dict[str, str] = {}
+        if arguments.exit_points is None:
+            places, tried = candidates_of(self.plain), wide.config.exit_points
+            reason = f"since {len(tried)} are trained with the network, evenly over its cost"
+            dropped = places.dropped | {name: reason for name in places.names if name not in tried}
+        limits = (arguments.max_exits, arguments.max_accuracy_drop)
+        search = choose_exits(wide, table, self.costs, *limits, dropped, plain)
         print(search, flush=True)
         return search
 
@@ -248,32 +268,61 @@ class _Run:
         minutes = max(1, round(total / 60))
         print(f"      about {minutes} minutes in all, from {seconds:.3f} s for a train image", flush=True)
 
-    def train_exits(self, search: ExitSearch) -> ScanForImageClassification:
-        """Train the chosen heads further, or the whole network."""
+    def train_heads(self, search: ExitSearch) -> ScanForImageClassification:
+        """Train the chosen heads further."""
         arguments, folder = self.arguments, self.steps.folder / "train"
-        settings = {name: getattr(arguments, name) for name in ("epochs", "finetune", "learning_rate")}
+        settings = {name: getattr(arguments, name) for name in ("epochs", "learning_rate")}
         settings |= {"exit_points": search.exit_points}
 
         def work() -> dict[str, Any]:
             model = search.create_model()
             if arguments.epochs:
-                rate = HEADS_RECIPE["learning_rate"] * (FINETUNING_RATE if arguments.finetune else 1)
-                train_candidates(
-                    model.to(memory_format=torch.channels_last),
-                    self.images("train", augmented=True),
-                    folder,
-                    resumable=True,
-                    freeze_backbone=not arguments.finetune,
-                    learning_rate=arguments.learning_rate or rate,
-                    **self.training(arguments.epochs),
-                )
+                self.train(model, folder, learning_rate=arguments.learning_rate or HEADS_RECIPE["learning_rate"])
             model.save_pretrained(folder / "model")
-            _remove_checkpoints(folder)
             return {}
 
-        what = "the network with its exits" if arguments.finetune else f"the heads at {', '.join(search.exit_points)}"
-        self.steps.run("train", f"Train {what}, {arguments.epochs:g} epochs", settings, work)
+        what = f"Train the heads at {', '.join(search.exit_points)}, {arguments.epochs:g} epochs"
+        self.steps.run("train", what, settings, work)
         return ScanForImageClassification.from_pretrained(folder / "model").eval()
+
+    def train_jointly(self, search: ExitSearch) -> ExitSearch:
+        """
+        Train the whole network with all candidates, whose heads have been trained, and choose among them anew: exits
+        that were too weak on the network as it was are lifted most.
+        """
+        arguments, folder = self.arguments, self.steps.folder / "joint"
+        settings = {name: getattr(arguments, name) for name in ("epochs", "learning_rate")}
+
+        def work() -> dict[str, Any]:
+            rate = HEADS_RECIPE["learning_rate"]
+            if arguments.epochs:
+                self.train(
+                    search.model,
+                    folder,
+                    freeze_backbone=False,
+                    learning_rate=arguments.learning_rate or FINETUNING_RATE * rate,
+                    head_learning_rate=rate,
+                    distillation_teacher="ensemble",
+                )
+            collect_exit_logits(search.model.eval(), self.images("search")).save(folder / "table.safetensors")
+            search.model.save_pretrained(folder / "model")
+            return {}
+
+        what = f"Train the network with {len(search.model.exit_heads)} exits, {arguments.epochs:g} epochs"
+        self.steps.run("joint", what, settings, work)
+        self.plain_search = search.table
+        return self.choose(folder, search.table)
+
+    def train(self, model: ScanForImageClassification, folder: Path, **settings: Any) -> None:
+        """Train a network with exits on the train images."""
+        train_candidates(
+            model.to(memory_format=torch.channels_last),
+            self.images("train", augmented=True),
+            folder,
+            resumable=True,
+            **{**self.training(self.arguments.epochs), **settings},
+        )
+        _remove_checkpoints(folder)
 
     def measure(self, model: ScanForImageClassification) -> Any:
         """Export where ONNX Runtime will serve, and measure what the parts cost there."""
@@ -307,6 +356,10 @@ class _Run:
         print(f"[{self.steps.number}/{self.steps.count}] Find thresholds, test and write", flush=True)
         self.find_thresholds(model)
         scores = score(model, collect_exit_logits(model, self.images("test"), "test"))
+        plain_accuracy = scores["accuracy"]
+        if self.plain_search is not None:
+            tested = collect_exit_logits(self.plain.eval(), self.images("test"), "test")
+            plain_accuracy = float((tested.deepest == tested.labels).mean())
         engine.exit_config = model.exit_config
         if engine is not model:
             engine.save_pretrained(engine.folder)  # so that one file answers a single image by this rule
@@ -316,11 +369,11 @@ class _Run:
         if engine is model:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         measured = realised_speedup(engine, pixels, arguments.serve_batch_size)
-        report = exit_report(model, scores, [measured], plain_accuracy=scores["accuracy"])
+        report = exit_report(model, scores, [measured], plain_accuracy=plain_accuracy)
         print("\n".join([exit_table(report), *speedup_lines(report)]), flush=True)
         runtime = "ONNX Runtime" if engine is not model else "PyTorch"
         result = Equipped(
-            plain_accuracy=scores["accuracy"],
+            plain_accuracy=plain_accuracy,
             accuracy=scores["adaptive_accuracy"],
             speedup=measured.speedup,
             runtime=f"{runtime}, batch size {arguments.serve_batch_size}",
@@ -333,14 +386,37 @@ class _Run:
     def find_thresholds(self, model: ScanForImageClassification) -> None:
         """Find thresholds for the target, and certify them if asked."""
         arguments = self.arguments
-        target: dict[str, Any] = {"max_accuracy_drop": arguments.max_accuracy_drop}
-        if arguments.guarantee is not None:
-            target["guarantee"] = RiskBound(arguments.guarantee, arguments.delta)
-            target["certify_dataset"] = collect_exit_logits(model, self.images("certify"), "certify")
         table = collect_exit_logits(model, self.images("search"))
-        model.exit_config = calibrate(
-            model, table, batch_size=arguments.serve_batch_size, fallback="deepest", **target
-        )
+        target: dict[str, Any] = {"max_accuracy_drop": arguments.max_accuracy_drop}
+        fallbacks: list[Any] = ["deepest"]
+        if self.plain_search is not None:
+            # The network is another one now. What must not be lost is the accuracy of the one that was brought; and
+            # exits that were trained together add up to an ensemble, which those of a frozen backbone do not.
+            plain = float((self.plain_search.deepest == self.plain_search.labels).mean())
+            target = {"min_accuracy": plain - arguments.max_accuracy_drop / 100}
+            fallbacks.append("ensemble")
+        found: list[ExitConfig] = []
+        for fallback in fallbacks:
+            try:
+                found.append(
+                    calibrate(model, table, batch_size=arguments.serve_batch_size, fallback=fallback, **target)
+                )
+            except ValueError:
+                if fallback is fallbacks[-1] and not found:
+                    raise
+        best = min(found, key=lambda config: (config.search or {})["cost"])
+        if arguments.guarantee is not None:
+            # Certified once, by a fallback that other images chose: the better of two certificates is none.
+            best = calibrate(
+                model,
+                table,
+                batch_size=arguments.serve_batch_size,
+                fallback=best.fallback,
+                guarantee=RiskBound(arguments.guarantee, arguments.delta),
+                certify_dataset=collect_exit_logits(model, self.images("certify"), "certify"),
+                **target,
+            )
+        model.exit_config = best
 
     def write(
         self, model: ScanForImageClassification, engine: Any, search: ExitSearch, report: Any, result: Equipped

@@ -32,36 +32,47 @@ class Problem:
         correct (`np.ndarray` of shape `(n, candidates + 1)`): Whether the answers are right.
         stages, heads (`np.ndarray` of shape `(candidates + 1,)`): The cost of each part, in shares of the plain
             network's.
+        baseline (`np.ndarray` of shape `(n,)`): Whether the plain network's answers are right.
     """
 
     scores: np.ndarray
     correct: np.ndarray
     stages: np.ndarray
     heads: np.ndarray
+    baseline: np.ndarray
 
     @classmethod
-    def of(cls, table: ExitTable, costs: ExitCosts, temperatures: Sequence[float] | None = None) -> "Problem":
-        """Return the problem of a table of exit logits and of costs in any unit."""
+    def of(
+        cls,
+        table: ExitTable,
+        costs: ExitCosts,
+        temperatures: Sequence[float] | None = None,
+        plain: ExitTable | None = None,
+    ) -> "Problem":
+        """
+        Return the problem of a table of exit logits and of costs in any unit. The deepest exit is the plain network's
+        answer, unless that of another table is.
+        """
         temperature = None if temperatures is None else list(temperatures)
         config = ExitConfig(fallback="deepest", temperatures=temperature)
         scores, predictions = table.columns(config)
         right = predictions == table.labels[:, None]
-        count = table.num_exits
-        plain = costs.plain
-        return cls(scores[:, :count], right[:, :count], np.array(costs.stages) / plain, np.array(costs.heads) / plain)
+        count, whole = table.num_exits, costs.plain
+        return cls(
+            scores=scores[:, :count],
+            correct=right[:, :count],
+            stages=np.array(costs.stages) / whole,
+            heads=np.array(costs.heads) / whole,
+            baseline=right[:, count - 1] if plain is None else plain.deepest == plain.labels,
+        )
 
     @property
     def candidates(self) -> int:
         return self.scores.shape[1] - 1
 
-    @property
-    def baseline(self) -> np.ndarray:
-        """Whether the deepest exit's answers are right, `(n,)`."""
-        return self.correct[:, -1]
-
     def select(self, rows: np.ndarray) -> "Problem":
         """Return the problem on some of the samples."""
-        return Problem(self.scores[rows], self.correct[rows], self.stages, self.heads)
+        return Problem(self.scores[rows], self.correct[rows], self.stages, self.heads, self.baseline[rows])
 
     def cumulative(self, exits: Sequence[int]) -> np.ndarray:
         """Return the cost of an answer at each of some exits and at the deepest one, `(exits + 1,)`."""
@@ -91,7 +102,7 @@ class Placement:
         exits (`list[int]`): Which candidates, from shallow to deep.
         thresholds (`list[float]`): Their thresholds.
         accuracy, cost (`float`): On all samples; the cost as a share of the plain network's.
-        fitted_drop (`float`): Points lost against the deepest exit, by cross-fitting: the whole choice, of exits and
+        fitted_drop (`float`): Points lost against the plain network, by cross-fitting: the whole choice, of exits and
             thresholds, is made on four fifths of the samples and judged on the others, in turn.
         fitted_cost (`float`): The cost, in the same way.
         alone (`list[float]`): Of each candidate, the cost with no other exit beside it, at the same target.
@@ -115,7 +126,7 @@ def place_exits(problem: Problem, max_exits: int, max_accuracy_drop: float) -> P
     Args:
         problem ([`Problem`]): All candidates.
         max_exits (`int`): The most early exits that are chosen.
-        max_accuracy_drop (`float`): Points that may be lost against the deepest exit, on other images.
+        max_accuracy_drop (`float`): Points that may be lost against the plain network, on other images.
 
     Returns:
         [`Placement`]: without exits where none pays.

@@ -43,7 +43,8 @@ class ExitSearch:
         rows (`list[dict[str, Any]]`): A row for each candidate: `name`, `cost` (of an answer there, as a share of the
             plain network's, its own head included), `head`, `accuracy`, `speedup` (with this exit alone at the
             target) and `chosen`.
-        deepest (`float`): The plain network's accuracy on the search images.
+        plain (`float`): The plain network's accuracy on the search images.
+        deepest (`float`): That of the deepest exit, which is another where the network was trained with its exits.
         speedup (`float`): Expected of the chosen exits on other images, by cross-fitting, with heads trained as long
             as here: what exits bring at least.
         drop (`float`): Points lost against the plain network, in the same way.
@@ -57,6 +58,7 @@ class ExitSearch:
 
     config: ScanConfig
     rows: list[dict[str, Any]]
+    plain: float
     deepest: float
     speedup: float
     drop: float
@@ -85,11 +87,11 @@ class ExitSearch:
 
     def plot(self, path: str | Path) -> None:
         """Draw accuracy over depth and what each exit gains. Needs Matplotlib."""
-        plot_placement(self.rows, self.deepest, self.unit, path)
+        plot_placement(self.rows, self.plain, self.unit, path)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        names = ("rows", "deepest", "speedup", "drop", "oracle", "unit", "dropped")
+        names = ("rows", "plain", "deepest", "speedup", "drop", "oracle", "unit", "dropped")
         return {
             **{name: getattr(self, name) for name in names},
             "exit_points": self.exit_points,
@@ -110,7 +112,9 @@ class ExitSearch:
             ]
             for row in self.rows
         ]
-        lines.append(["plain network", "1.000", "", f"{self.deepest:.2%}", "", ""])
+        lines.append(["plain network", "1.000", "", f"{self.plain:.2%}", "", ""])
+        if self.deepest != self.plain:
+            lines.append(["deepest exit", "1.000", "", f"{self.deepest:.2%}", "", ""])
         return "\n".join(
             [
                 markdown_table([head, *lines]),
@@ -213,6 +217,7 @@ def choose_exits(
     max_exits: int,
     max_accuracy_drop: float,
     dropped: Mapping[str, str] | None = None,
+    plain: ExitTable | None = None,
 ) -> ExitSearch:
     """
     Choose among the exits of a network by what they answer and cost: the last step of [`search_exits`].
@@ -223,11 +228,14 @@ def choose_exits(
         costs ([`~hf_scan.workflows.part_costs.PartCosts`]): Of stages and heads.
         max_exits, max_accuracy_drop: As for [`search_exits`].
         dropped (`Mapping[str, str]`, *optional*): Modules that were not tried, with the reason, for the table.
+        plain ([`~hf_scan.calibration.ExitTable`], *optional*): Whose deepest exit is the plain network, where `model`
+            was trained further. Defaults to `table`.
     """
-    problem = Problem.of(table, costs.shares)
+    problem = Problem.of(table, costs.shares, plain=plain)
     placement = place_exits(problem, max_exits, max_accuracy_drop)
     names = [stage.name for stage in model.stages[:-1]]
     accuracies = problem.correct.mean(axis=0)
+    plain_accuracy = float(problem.baseline.mean())
     rows = [
         {
             "name": name,
@@ -247,12 +255,13 @@ def choose_exits(
         accuracies[:-1].tolist(),
         placement.alone,
         problem.heads[:-1].tolist(),
-        float(accuracies[-1]),
+        plain_accuracy,
         chosen,
     )
     return ExitSearch(
         config=with_exits(model.config, chosen) if chosen else model.config,
         rows=rows,
+        plain=plain_accuracy,
         deepest=float(accuracies[-1]),
         speedup=1 / placement.fitted_cost,
         drop=placement.fitted_drop,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_scan import Equipped, ExitConfig, ScanConfig, ScanForImageClassification, advise, equip, image_splits
+from hf_scan.calibration import collect_exit_logits
 from hf_scan.cli import main
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ORTScanForImageClassification
@@ -263,3 +264,30 @@ def test_the_folder_of_a_plain_run_is_taken(photos, tmp_path):
     assert torch.equal(source.backbone.fc.weight, model.backbone.fc.weight)
     with pytest.raises(ValueError, match=r"is said to be 'resnet18', and the weights in .* are of 'cifar_resnet20'"):
         equip("resnet18", data, output, weights=str(tmp_path))
+
+
+def test_finetuning_trains_few_candidates_jointly_and_compares_with_the_network_that_was_brought(
+    photos, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(module, "JOINT_CANDIDATES", 2)
+    settings = {**SETTINGS, "weights": str(weights), "max_accuracy_drop": 20, "runtime": "pytorch", "finetune": True}
+    result = equip("cifar_resnet20", str(photos), str(tmp_path / "run"), **settings)
+    printed = capsys.readouterr().out
+    assert "Place exits: 2 candidates" in printed
+    assert "Train the network with 2 exits" in printed
+    assert "since 2 are trained with the network" in printed
+
+    steps = tmp_path / "run" / "steps"
+    brought = torch.load(steps / "plain.pt", weights_only=True)
+    placed = ScanForImageClassification.from_pretrained(steps / "search" / "model").backbone.state_dict()
+    trained = ScanForImageClassification.from_pretrained(tmp_path / "run").backbone.state_dict()
+    assert all(torch.equal(placed[name], value) for name, value in brought.items())
+    assert not torch.equal(trained["conv1.weight"], brought["conv1.weight"])
+
+    # The accuracy to hold is that of the network as it was brought, on both splits.
+    model = ScanForImageClassification.from_pretrained(steps / "search" / "model").eval()
+    rows = image_splits(str(photos), create_image_processor(model), holdout=0.3)
+    search, test = (collect_exit_logits(model, rows[name], name) for name in ("search", "test"))
+    accuracies = [float((table.deepest == table.labels).mean()) for table in (search, test)]
+    target = json.loads((tmp_path / "run" / "exit_config.json").read_text())["search"]["min_accuracy"]
+    assert (target, result.plain_accuracy) == (pytest.approx(accuracies[0] - 0.2), accuracies[1])
