@@ -119,7 +119,7 @@ class TrainingObjective:
 
     def distillation_scale(self, state: TrainerState) -> float:
         """Return how much of the teacher counts at this step, from 0 to 1."""
-        steps = _steps(self.args.distillation_warmup_steps, state)
+        steps = _steps(self.args.distillation_warmup_steps or 0.0, state)
         return min(1.0, state.global_step / steps) if steps and self.model.training else 1.0
 
     def _check_takes_features(self, teacher: Any, training: bool) -> None:

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 
 # What the authors published, twice: in the code of SCAN itself, with a weight for the hint that is rescaled from its
-# sum over a batch of 128 to a mean, and in their later code for self-distillation, which has no hint and no T^2.
+# sum over a batch of 128 to a mean, and in their later code for self-distillation, which has no hint and no T^2. And
+# what measured best here (docs/benchmarks.md, "Training").
 DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "label_weight": [0.5],
@@ -17,6 +18,8 @@ DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
         "hint_weight": [6.4e-5],
         "distillation_temperature": 3.0,
         "scale_by_temperature": True,
+        "distillation_teacher": "deepest",
+        "distillation_warmup_steps": 0.0,
     },
     "successor": {
         "label_weight": [0.7],
@@ -24,6 +27,17 @@ DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
         "hint_weight": [0.0],
         "distillation_temperature": 3.0,
         "scale_by_temperature": False,
+        "distillation_teacher": "deepest",
+        "distillation_warmup_steps": 0.0,
+    },
+    "best": {
+        "label_weight": [0.7],
+        "soft_label_weight": [0.3],
+        "hint_weight": [0.0],
+        "distillation_temperature": 3.0,
+        "scale_by_temperature": False,
+        "distillation_teacher": "ensemble",
+        "distillation_warmup_steps": 0.3,
     },
 }
 
@@ -39,8 +53,9 @@ class ScanTrainingArguments(TrainingArguments):
 
     Args:
         distillation_preset (`str`, *optional*, defaults to `"paper"`):
-            The values that the following five arguments have unless they are given: `"paper"` (0.5, 0.5, 6.4e-5,
-            T = 3, with T^2) or `"successor"` (0.7, 0.3, no hint, T = 3, without T^2).
+            The values that the following seven arguments have unless they are given: `"paper"` (0.5, 0.5, 6.4e-5,
+            T = 3, with T^2), `"successor"` (0.7, 0.3, no hint, T = 3, without T^2), or `"best"`, which measured best
+            here: the successor's, with the ensemble as a teacher that comes in over the first 0.3 of the steps.
         label_weight (`float` or `list[float]`, *optional*):
             Weight of the labels at the early exits: one for all of them, or one each. A last one more is the deepest
             exit's, which is 1 otherwise.
@@ -52,12 +67,13 @@ class ScanTrainingArguments(TrainingArguments):
         distillation_temperature (`float`, *optional*): Temperature that softens the probabilities.
         scale_by_temperature (`bool`, *optional*):
             Whether the soft-label term is multiplied by the temperature squared.
-        distillation_teacher (`str`, *optional*, defaults to `"deepest"`):
-            The teacher: the `"deepest"` exit, the `"ensemble"` of all exits, or the name of another trained classifier
-            for `AutoModelForImageClassification.from_pretrained`, which gets the same `pixel_values`.
-        distillation_warmup_steps (`float`, *optional*, defaults to 0.0):
+        distillation_teacher (`str`, *optional*):
+            The teacher: the `"deepest"` exit, unless the preset has another; the `"ensemble"` of all exits; or the
+            name of another trained classifier for `AutoModelForImageClassification.from_pretrained`, which gets the
+            same `pixel_values`.
+        distillation_warmup_steps (`float`, *optional*):
             Steps over which the soft-label and hint weights grow from 0, as the teacher is inaccurate at first: a
-            number of steps, or a share of all of them if below 1.
+            number of steps, or a share of all of them if below 1. 0 unless the preset has another.
         mixup_alpha, cutmix_alpha (`float`, *optional*, defaults to 0.0):
             Parameters of the Beta distribution for mixing the images and labels of a training batch in pairs, as timm
             does. 0 disables it.
@@ -83,7 +99,8 @@ class ScanTrainingArguments(TrainingArguments):
     """
 
     distillation_preset: str = field(
-        default="paper", metadata={"help": "'paper' or 'successor': what weights and temperature are unless given."}
+        default="paper",
+        metadata={"help": "'paper', 'successor' or 'best': what weights, temperature and teacher are unless given."},
     )
     label_weight: list[float] | None = field(
         default=None, metadata={"help": "Weight of the labels at the early exits: one, or one each."}
@@ -100,11 +117,11 @@ class ScanTrainingArguments(TrainingArguments):
     scale_by_temperature: bool | None = field(
         default=None, metadata={"help": "Multiply the soft-label term by the temperature squared."}
     )
-    distillation_teacher: str = field(
-        default="deepest", metadata={"help": "'deepest', 'ensemble', or the name of another trained classifier."}
+    distillation_teacher: str | None = field(
+        default=None, metadata={"help": "'deepest', 'ensemble', or the name of another trained classifier."}
     )
-    distillation_warmup_steps: float = field(
-        default=0.0, metadata={"help": "Steps, or share of them, over which the distillation weights grow from 0."}
+    distillation_warmup_steps: float | None = field(
+        default=None, metadata={"help": "Steps, or share of them, over which the distillation weights grow from 0."}
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Blend pairs of images; Beta parameter of the share."})
     cutmix_alpha: float = field(
@@ -170,6 +187,7 @@ class ScanTrainingArguments(TrainingArguments):
             )
         if self.head_learning_rate is not None and not 0 < self.head_learning_rate < math.inf:
             raise ValueError(f"`head_learning_rate` is {self.head_learning_rate}; expected a number above 0.")
+        assert self.distillation_warmup_steps is not None
         for name in ("distillation_warmup_steps", "backbone_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(

@@ -302,7 +302,7 @@ class _Run:
                     freeze_backbone=False,
                     learning_rate=arguments.learning_rate or FINETUNING_RATE * rate,
                     head_learning_rate=rate,
-                    distillation_teacher="ensemble",
+                    distillation_preset="best",
                 )
             collect_exit_logits(search.model.eval(), self.images("search")).save(folder / "table.safetensors")
             search.model.save_pretrained(folder / "model")

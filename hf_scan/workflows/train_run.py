@@ -285,7 +285,7 @@ def distillation_summary(args: ScanTrainingArguments) -> str:
     """Return the terms of the loss, in words."""
     temperature = f"T {args.distillation_temperature}{' with' if args.scale_by_temperature else ' without'} T^2"
     weights = f"label {args.label_weight}, soft label {args.soft_label_weight}, hint {args.hint_weight}"
-    return f"{weights}, {temperature}, teacher {title(args.distillation_teacher)}"
+    return f"{weights}, {temperature}, teacher {title(str(args.distillation_teacher))}"
 
 
 __all__ = ["FEATURES", "KEPT", "checkpoint_choice", "distillation_summary", "draw_frontier", "run_training"]

@@ -41,8 +41,11 @@ def test_presets_and_what_is_given_in_their_place(tmp_path):
     args = arguments(tmp_path, distillation_preset="successor", label_weight=0.9)
     assert (args.label_weight, args.soft_label_weight, args.hint_weight) == ([0.9], [0.3], [0.0])
     assert not args.scale_by_temperature
-    with pytest.raises(ValueError, match=r"`distillation_preset` is 'best'; expected one of \['paper', 'successor'\]"):
-        arguments(tmp_path, distillation_preset="best")
+    assert (args.distillation_teacher, args.distillation_warmup_steps) == ("deepest", 0)
+    args = arguments(tmp_path, distillation_preset="best", distillation_warmup_steps=0.5)
+    assert (args.distillation_teacher, args.distillation_warmup_steps) == ("ensemble", 0.5)
+    with pytest.raises(ValueError, match=r"`distillation_preset` is 'worst'; expected one of \['best', 'paper', "):
+        arguments(tmp_path, distillation_preset="worst")
     with pytest.raises(ValueError, match=r"`soft_label_weight` is .*, 5 weights; the network has 3 exits"):
         ScanTrainer(random_scan_model(), arguments(tmp_path, soft_label_weight=[0.1] * 5))
 
