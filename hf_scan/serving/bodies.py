@@ -7,8 +7,15 @@ import binascii
 import json
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from ..extras import require_extra
+
+
+try:
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+except ImportError:
+    require_extra("serve", "`hf_scan.serving.bodies`")
+    raise
 
 
 READ_SECONDS = 30.0  # for a whole body

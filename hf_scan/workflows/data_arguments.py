@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from datasets import DatasetDict, load_dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..calibration.splits import LEAST_SAMPLES
@@ -16,7 +14,16 @@ from ..data.columns import prepare_columns, split_off
 from ..data.datasets import DecodedRows, ImagesInMemory, SeededImages
 from ..data.folders import holds_images, read_image_folder
 from ..data.transforms import eval_transform, train_transform
+from ..extras import require_extra
 from ..training.training_args import ScanTrainingArguments
+
+
+try:
+    from accelerate import PartialState
+    from datasets import DatasetDict, load_dataset
+except ImportError:
+    require_extra("train", "`hf_scan.workflows.data_arguments`")
+    raise
 
 
 @dataclass

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
 from timm.layers import BatchNormAct2d
 from transformers import Trainer, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
@@ -21,6 +19,7 @@ from ..calibration.exit_table import ExitTable, collect_exit_logits
 from ..costs.cost_model import CostModel
 from ..costs.measure import describe_machine
 from ..data.datasets import EpochCallback
+from ..extras import require_extra
 from ..model.exit_config import ExitConfig
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
@@ -39,6 +38,13 @@ from .data_arguments import DataArguments, augments, check_search_split, load_sp
 from .json_files import read_json
 from .model_arguments import ModelArguments, check_network, create_model, source_on_the_hub
 
+
+try:
+    from accelerate.utils import broadcast_object_list
+    from datasets import DatasetDict
+except ImportError:
+    require_extra("train", "`hf_scan.workflows.train_run`")
+    raise
 
 # What `Trainer` writes while it runs.
 KEPT = ("checkpoint-*", "runs")
