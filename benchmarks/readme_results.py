@@ -3,7 +3,7 @@
     python benchmarks/readme_results.py           # write them
     python benchmarks/readme_results.py --check   # fail if one is not what the files say
 
-The rows are those of `networks.json`, in the README of single images alone. The picture is an SVG written without a
+The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone. The picture is an SVG written without a
 library, so that the same results give the same bytes, in colours that are readable on white and on black.
 """
 
@@ -27,8 +27,8 @@ GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f
 
 
 def load_rows() -> list[dict[str, Any]]:
-    """The rows for the README: of single images. Those of batches are on the page of benchmarks."""
-    return [row for row in page_rows() if row["batch_size"] == 1]
+    """The rows for the README: of single images in ONNX Runtime. All others are on the page of benchmarks."""
+    return [row for row in page_rows() if row["batch_size"] == 1 and row["runtime"].startswith("ONNX Runtime")]
 
 
 def page_rows() -> list[dict[str, Any]]:
