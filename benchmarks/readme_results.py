@@ -3,8 +3,9 @@
     python benchmarks/readme_results.py           # write them
     python benchmarks/readme_results.py --check   # fail if one is not what the files say
 
-The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone. The picture is an SVG written without a
-library, so that the same results give the same bytes, in colours that are readable on white and on black.
+The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone. The picture is an SVG
+written without a library, so that the same results give the same bytes, in colours that are readable on white and on
+black.
 """
 
 import argparse

@@ -19,36 +19,31 @@ from ..costs.values import MeasuredCosts, RealisedSpeedup
 from ..data.columns import split_off
 from ..data.datasets import SeededImages
 from ..data.transforms import eval_transform, train_transform
-from ..model.evaluation_mode import evaluating
 from ..model.exit_config import ExitConfig
 from ..model.image_processing_scan import create_image_processor
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.named_errors import reason_of, write_whole
-from ..model.provenance import unknown_images
 from ..model.weight_files import fingerprint_of
 from ..reporting.model_card import create_model_card
 from ..reporting.report import exit_report, exit_table, speedup_lines
+from ..training.collation import collate_rows
 from ..training.output_dirs import lock_output_folder, replaced_folder
-from ..training.trainer import collate_rows
 from .calibrate_run import score
 from .candidates import candidates_of, spread_over
 from .data_arguments import DataArguments, check_search_split, load_splits, metadata, title
 from .equip_arguments import EquipArguments, Equipped
+from .equip_source import check_classes, for_classes, load_source, name_classes
 from .linear_probe import fit_classifier
-from .model_arguments import load_plain_network, load_plain_run
 from .part_costs import RUNTIMES, PartCosts, costs_of_parts, serving_runtime
 from .recipes import HEADS_RECIPE
 from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
 from .steps import Steps
-from .torchvision_source import for_other_classes, load_torchvision, torchvision_name
 from .verdict import NOTHING
 
 
 STEPS = "steps"
 # Images that the speed-up is measured on; each round runs all of them.
 TIMED_IMAGES = 100
-# Images by which it is seen whether the classes are those that the weights know.
-CHECKED_IMAGES = 100
 # Of the heads' learning rate, where the backbone is trained with them: its weights are good already.
 FINETUNING_RATE = 0.1
 # Candidates of a network that is trained with them: each pulls at the backbone, so that they are few.
@@ -127,7 +122,7 @@ class _Run:
         self.arguments = arguments
         self.runtime = arguments.runtime or serving_runtime()
         # The network comes first: a name or a file that does not exist is refused before images are read.
-        source = _load_source(arguments)
+        source = load_source(arguments)
         data = DataArguments(dataset_name=arguments.data, holdout=arguments.holdout)
         self.splits = load_splits(data, arguments.seed, validate=False)
         check_search_split(self.splits)
@@ -135,10 +130,10 @@ class _Run:
             self.splits["search"], self.splits["certify"] = split_off(self.splits["search"], 0.5, arguments.seed)
         names = self.splits["train"].features["labels"].names
         self.new_classes = source.num_labels != len(names)
-        self.plain = _for_classes(source, names) if self.new_classes else source
+        self.plain = for_classes(source, names) if self.new_classes else source
         self.processor = create_image_processor(self.plain)
         if not self.new_classes:
-            _name_classes(self.plain, names)
+            name_classes(self.plain, names)
         self.steps = Steps(Path(arguments.output, STEPS), 5)
         self.plain_search: ExitTable | None = None  # what the plain network answers, where another is made of it
 
@@ -187,7 +182,7 @@ class _Run:
                 accuracy = fit_classifier(self.plain, self.images("train"), num_workers=arguments.workers)
                 print(f"      {accuracy:.2%} of images that were held out are right", flush=True)
             else:
-                _check_classes(self.plain, self.images("train"), arguments)
+                check_classes(self.plain, self.images("train"), arguments)
             torch.save(self.plain.backbone.state_dict(), file)
             return {"held_out_accuracy": accuracy}
 
@@ -462,42 +457,6 @@ class _Run:
         )
 
 
-def _load_source(arguments: EquipArguments) -> ScanForImageClassification:
-    """Return the trained network as it is, with the classes that it knows."""
-    if (name := torchvision_name(arguments.model)) is not None:
-        return load_torchvision(name, arguments.weights, arguments.image_size)
-    settings: dict[str, Any] = {} if arguments.image_size is None else {"image_size": arguments.image_size}
-    if arguments.weights == "timm":
-        return ScanForImageClassification.from_timm(arguments.model, pretrained=True, **settings)
-    if Path(arguments.weights).is_dir():
-        plain, trained_on = load_plain_run(arguments.weights, arguments.model)
-    else:
-        plain = load_plain_network(arguments.model, arguments.weights, image_size=arguments.image_size)
-        trained_on = unknown_images(f"weights of {Path(arguments.weights).name}")
-    return ScanForImageClassification.from_timm(plain, trained_on=trained_on, **settings)
-
-
-def _for_classes(source: ScanForImageClassification, names: list[str]) -> ScanForImageClassification:
-    """Return the network with a new classifier for other classes."""
-    if source.config.backbone_source == "torchvision":
-        return for_other_classes(source, names)
-    return ScanForImageClassification.from_timm(
-        source.backbone,
-        num_labels=len(names),
-        trained_on=source.exit_config.trained_on,
-        image_size=source.config.image_size,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-
-
-def _name_classes(plain: ScanForImageClassification, names: list[str]) -> None:
-    """Call classes as their folders are, where the weights do not name them."""
-    if all(str(name).startswith("LABEL_") for name in plain.config.id2label.values()):
-        plain.config.id2label = dict(enumerate(names))
-        plain.config.label2id = {name: index for index, name in enumerate(names)}
-
-
 def _load_step(backbone: nn.Module, file: Path) -> None:
     try:
         backbone.load_state_dict(torch.load(file, weights_only=True))
@@ -505,22 +464,6 @@ def _load_step(backbone: nn.Module, file: Path) -> None:
         raise OSError(
             f"{file} of an earlier run cannot be loaded ({reason_of(error)}). Remove {file.parent} to begin anew."
         ) from error
-
-
-def _check_classes(plain: ScanForImageClassification, images: Any, arguments: EquipArguments) -> None:
-    """Refuse images whose classes cannot be those of the weights, or not in this order."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CHECKED_IMAGES].tolist()
-    batch = collate_rows([images[row] for row in order])
-    with evaluating(plain), torch.inference_mode():
-        answers = plain.backbone(batch["pixel_values"]).argmax(dim=-1)
-    accuracy = float((answers == batch["labels"]).float().mean())
-    chance = 1 / plain.num_labels
-    if accuracy < chance + 0.1 * (1 - chance):
-        raise ValueError(
-            f"The network is right on {accuracy:.1%} of {len(order)} images of {arguments.data}, hardly more than by "
-            f"chance among {plain.num_labels} classes; expected images of its own classes, in the order of the "
-            "folders' names. Rename the folders, or correct `weights`."
-        )
 
 
 def _next_step(arguments: EquipArguments, search: ExitSearch, measured: RealisedSpeedup) -> str:

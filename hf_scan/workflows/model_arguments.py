@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -20,6 +19,7 @@ from ..model.modeling_scan import ScanForImageClassification
 from ..model.provenance import unknown_images
 from ..training.checkpoints import read_trained_on
 from .json_files import parse_json
+from .state_dicts import read_weights
 
 
 @dataclass
@@ -221,31 +221,6 @@ def load_plain_network(
     return plain
 
 
-def read_weights(weights: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """
-    Read a state dictionary from a file, without running code in it.
-
-    Args:
-        weights (`str` or `Path`): A `.safetensors` or `.pth` file.
-        name (`str`): The model, for messages.
-
-    Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if it holds no weights.
-    """
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; expected the weights of {name!r}.")
-    try:
-        values: dict[str, torch.Tensor] = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zip files and safetensors, which have many kinds
-        raise ValueError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else error!r}); expected a "
-            "state dictionary in a .safetensors or .pth file."
-        ) from error
-    return values
-
-
 def source_on_the_hub(name: str) -> str | None:
     """Return the repository that timm has the weights of a name from, if it is one."""
     if ":" in name:
@@ -261,6 +236,5 @@ __all__ = [
     "create_model",
     "load_plain_network",
     "load_plain_run",
-    "read_weights",
     "source_on_the_hub",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.provenance import unknown_images
 from ..model.torchvision_backbones import create_torchvision, names_of_torchvision
-from .model_arguments import read_weights
+from .state_dicts import read_weights
 
 
 PREFIX = "torchvision/"

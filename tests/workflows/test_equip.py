@@ -140,7 +140,7 @@ def test_weights_of_the_images_classes_are_recognised(photos, tmp_path, capsys, 
     """When a run goes on: the network that is built of them has random exits, which are not used."""
     file = tmp_path / "two.safetensors"
     save_file(timm.create_model("cifar_resnet20", num_classes=2).state_dict(), file)
-    monkeypatch.setattr(module, "_check_classes", lambda *_: None)  # it is not trained
+    monkeypatch.setattr(module, "check_classes", lambda *_: None)  # it is not trained
     arguments = {**SETTINGS, "weights": str(file), "runtime": "pytorch"}
     request = EquipArguments(model="cifar_resnet20", data=str(photos), output=str(tmp_path / "run"), **arguments)
     for _ in range(2):
@@ -213,12 +213,12 @@ def test_a_network_of_torchvision_by_its_name(photos, tmp_path):
     plain = torchvision.models.resnet18(num_classes=2).eval()
     torch.save(plain.state_dict(), tmp_path / "resnet18.pth")
     given = ("torchvision/resnet18", str(photos), str(tmp_path / "run"), str(tmp_path / "resnet18.pth"))
-    source = module._load_source(EquipArguments(*given, image_size=32))
+    source = module.load_source(EquipArguments(*given, image_size=32))
     config, pixels = source.config, torch.randn(2, 3, 32, 32)
     assert (config.backbone_source, config.backbone, config.image_size) == ("torchvision", "resnet18", 32)
     assert config.preprocessing["mean"] == [0.485, 0.456, 0.406]
     assert torch.equal(source.eval().backbone(pixels), plain(pixels))
-    other = module._for_classes(source, ["cat", "dog", "cow"]).eval()
+    other = module.for_classes(source, ["cat", "dog", "cow"]).eval()
     assert (other.config.id2label, other.config.backbone) == ({0: "cat", 1: "dog", 2: "cow"}, "resnet18")
     splits = image_splits(photos, create_image_processor(other), crop="none")
     before = other.backbone.fc.weight.clone()
@@ -259,7 +259,7 @@ def test_the_folder_of_a_plain_run_is_taken(photos, tmp_path):
     plain_copy(model).save_pretrained(tmp_path)
     ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
     data, output = str(photos), str(tmp_path / "out")
-    source = module._load_source(EquipArguments("cifar_resnet20", data, output, weights=str(tmp_path)))
+    source = module.load_source(EquipArguments("cifar_resnet20", data, output, weights=str(tmp_path)))
     assert source.exit_config.trained_on == "1: ab"
     assert torch.equal(source.backbone.fc.weight, model.backbone.fc.weight)
     with pytest.raises(ValueError, match=r"is said to be 'resnet18', and the weights in .* are of 'cifar_resnet20'"):
