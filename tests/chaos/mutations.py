@@ -140,8 +140,9 @@ def outcome(folder: Path, file: str, kind: str, field: str) -> tuple[str, str]:
         if len(said) > 3000:
             return "no sentence", f"{len(said)} characters: {said[:300]}"
         # Bytes that are no JSON have no field; a network of other shapes is named by what does not fit.
+        # Transformers keeps some fields with an underscore in front, and names them without.
         # A backbone of another name is refused for exit points that it lacks.
-        words = (field, "instead of", "its weights do not hold", "weights hold")
+        words = (field, field.lstrip("_"), "instead of", "its weights do not hold", "weights hold")
         words += ("`exit_points` holds",) if field == "backbone" else ()
         named = any(word in said for word in words)
         if kind not in ("bytes", "delete") and not named:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load
+from transformers.utils import hub as transformers_hub
 
 from hf_scan import ExitConfig, ScanForImageClassification
 
@@ -23,6 +24,8 @@ FILES = {
     "model.safetensors",
     "preprocessor_config.json",
 }
+# Whether a load first asks the Hub for a commit. With older versions of Transformers, it asks for each file.
+RESOLVES = hasattr(transformers_hub, "resolve_revision")
 FIRST = ExitConfig(thresholds=[0.5, None, 0.8], search={"method": "by hand"})
 
 
@@ -144,6 +147,7 @@ def test_never_weights_of_one_commit_and_thresholds_of_another(hub, checkpoint, 
     check(tmp_path / "answers", model)
 
 
+@pytest.mark.skipif(not RESOLVES, reason="this version of Transformers does not ask which commit is the newest")
 def test_an_old_cache_and_a_hub_that_falters(hub, checkpoint, tmp_path):
     """What is in the cache is loaded then: all of it, and not the thresholds of what has come since."""
     folder, model = checkpoint
@@ -377,8 +381,8 @@ assert other(images).logits.shape == (2, 7)
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ({"method": "HEAD", "status": 401}, "^OSError"),
-        ({"method": "HEAD", "status": 403}, "^OSError"),
+        ({"method": "HEAD", "status": 401}, "^OSError" if RESOLVES else "^$"),
+        ({"method": "HEAD", "status": 403}, "^OSError" if RESOLVES else "^$"),
         ({"method": "HEAD", "path": "config.json", "status": 503, "times": 2}, "^$"),
         ({"method": "GET", "path": "model.safetensors", "status": 429, "headers": {"Retry-After": "1"}}, "^$"),
         ({"method": "GET", "path": "model.safetensors", "action": "drop"}, "^$"),
