@@ -151,6 +151,7 @@ def test_killed_and_resumed(dataset_folder, tmp_path, in_memory):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_plain_by_the_same_recipe(dataset_folder, tmp_path):
     """From the same initial weights; its accuracy then stands in the table of the network with exits."""
     changes = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "in_memory": True}
@@ -284,6 +285,7 @@ def test_bad_flags_leave_the_output_folder_alone(dataset_folder, tmp_path, chang
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(tmp_path):
     """One folder a class and no test split: a tenth is split off, and training is watched on images of its own."""
     rng = np.random.default_rng(0)
@@ -337,6 +339,7 @@ def test_quickstart(tmp_path):
     assert torch.isfinite(torch.tensor(list(metrics["speedup"].values()))).all()
 
 
+@pytest.mark.slow
 def test_calibrate(dataset_folder, tmp_path):
     """A target is met, tested, drawn and written; what else is in the folder stays."""
     folder = tmp_path / "run"

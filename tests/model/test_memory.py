@@ -10,6 +10,7 @@ import torch
 from hf_scan.model.memory import within_memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory away with Linux' resource limits")
 def test_a_batch_that_memory_does_not_suffice_for():
     """The size that the error names is tried in that process."""

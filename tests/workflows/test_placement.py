@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,11 +24,12 @@ def problem_of(accuracies, n=300, seed=0, heads=0.01, stages=None, noise=0.1) ->
         scores[:, column] = np.clip(1 - 0.5 * difficulty / accuracy + noise * rng.normal(size=n), 0.01, 0.999)
     correct = difficulty[:, None] < np.array(accuracies)
     stages = np.full(count, 1 / count) if stages is None else np.array(stages)
-    return Problem(scores, correct, stages, np.array([heads] * (count - 1) + [0.0]))
+    return Problem(scores, correct, stages, np.array([heads] * (count - 1) + [0.0]), correct[:, -1])
 
 
 def test_costs_count_the_heads_that_are_there():
-    problem = Problem(np.zeros((1, 4)), np.zeros((1, 4)), np.array([0.1, 0.2, 0.3, 0.3]), np.array([1, 2, 3, 0.1]))
+    stages, heads = np.array([0.1, 0.2, 0.3, 0.3]), np.array([1, 2, 3, 0.1])
+    problem = Problem(np.zeros((1, 4)), np.zeros((1, 4)), stages, heads, np.zeros(1))
     assert problem.cumulative([]) == pytest.approx([1.0])
     assert problem.cumulative([1]) == pytest.approx([2.3, 3.0])
     assert problem.cumulative([0, 2]) == pytest.approx([1.1, 4.6, 5.0])
@@ -69,7 +71,7 @@ def test_a_strong_exit_is_chosen_and_a_dear_one_is_not():
     assert placement.oracle_cost < placement.cost
     assert len(placement.alone) == 2
     assert placement.alone[1] < placement.alone[0]
-    dear = Problem(problem.scores, problem.correct, problem.stages, np.array([0.8, 0.8, 0.0]))
+    dear = Problem(problem.scores, problem.correct, problem.stages, np.array([0.8, 0.8, 0.0]), problem.baseline)
     placement = place_exits(dear, 2, 1.0)
     assert placement.exits == []
     assert (placement.cost, placement.fitted_cost) == (1.0, 1.0)
@@ -81,12 +83,22 @@ def test_the_estimate_is_of_other_samples():
     for seed in range(8):
         rng = np.random.default_rng(seed)
         scores, correct = rng.random((60, 6)), rng.random((60, 6)) < 0.7
-        problem = Problem(scores, correct, np.full(6, 1 / 6), np.array([0.01] * 5 + [0.0]))
+        heads = np.array([0.01] * 5 + [0.0])
+        problem = Problem(scores, correct, np.full(6, 1 / 6), heads, correct[:, -1])
         placement = place_exits(problem, 3, 0.0)
         drops.append(placement.fitted_drop)
         own.append(100 * (problem.baseline.mean() - placement.accuracy))
     assert max(own) <= 1e-9
     assert np.mean(drops) > np.mean(own) + 1
+
+
+def test_what_may_be_lost_counts_against_the_plain_network():
+    """Which is not the deepest exit where the network was trained further: a weaker one allows more to leave."""
+    problem = problem_of([0.8, 0.9, 0.95], noise=0.0)
+    weaker = replace(problem, baseline=problem.correct[:, 1])
+    own, plain = (place_exits(one, 2, 0.0) for one in (problem, weaker))
+    assert plain.cost < own.cost
+    assert own.accuracy >= problem.correct[:, 2].mean() > plain.accuracy >= problem.correct[:, 1].mean()
 
 
 def test_break_even_is_where_costs_are_equal():
