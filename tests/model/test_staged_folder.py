@@ -1,8 +1,5 @@
 """Saves that are killed, fail or are read meanwhile: the old checkpoint or the new one, and no mixture."""
 
-import itertools
-import os
-import signal
 import threading
 import time
 
@@ -13,6 +10,7 @@ from hf_scan import ExitConfig
 from hf_scan.model import staged_folder
 
 from ..conftest import random_scan_model
+from ..killed_processes import killed_before
 from .samples import load, saved
 
 
@@ -47,28 +45,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path, before, af
 
 def killed_save(model, target, at: int, **kwargs) -> bool:
     """Save in a process that is killed before the call of that number that changes a folder; whether it was not."""
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count()
-
-        def counted(call):
-            def run(*args, **kwargs):
-                if next(calls) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
-
-            return run
-
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            model.save_pretrained(target, **kwargs)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return not os.WIFSIGNALED(status)
+    return not killed_before(at, lambda: model.save_pretrained(target, **kwargs))
 
 
 def test_what_a_killed_save_leaves_is_removed_later(tmp_path, monkeypatch):

@@ -1,15 +1,15 @@
 """Exports that are killed while they are written or moved: the old one or the new one, and no mixture."""
 
 import itertools
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
 from hf_scan import ExitConfig
 from hf_scan.runtime import ORTScanForImageClassification, staged_export
+
+from ..killed_processes import killed_before
 
 
 def write(target, version: str, whole: bool) -> None:
@@ -52,32 +52,6 @@ def test_a_killed_export_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, wh
     assert seen == sorted(seen)  # the old one up to a moment, and the new one from there on
     assert seen[-1]
     assert len(seen) > 8
-
-
-def killed_before(at: int, work) -> bool:
-    """Run something in a process that is killed before its n-th call that changes a folder; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count()
-
-        def counted(call):
-            def run(*args, **kwargs):
-                if next(calls) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
-
-            return run
-
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 def test_loading_finishes_what_was_killed(exported, tmp_path, monkeypatch):
