@@ -56,7 +56,7 @@ def check_backbone_is_whole(name: str | os.PathLike[str] | None, info: dict[str,
     if missing:
         raise ValueError(
             f"The weights of {name or '`state_dict`'} lack {len(missing)} of the backbone's, the first being "
-            f"{missing[0]!r}. Load a whole checkpoint, or correct `config.backbone`."
+            f"{missing[0]!r}. Load a whole checkpoint, or correct `backbone` in its config.json."
         )
 
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..data.digests import some_digests
@@ -78,7 +78,7 @@ class CheckedTrainer(Trainer):
             if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 _check_parts(folder)
             _check_record(folder, self._record_of_run(split))
-            _check_state(folder)
+            _read_state(folder)
             self._check_averages(folder)
             self.trained_on = read_trained_on(folder)
         if self.args.should_save and self.model is not None:  # a search makes each trial's model later
@@ -87,8 +87,27 @@ class CheckedTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            state = _read_state(Path(checkpoint))
+            if self._is_done(state):
+                # Where the last step does not end an epoch, `Trainer` would train another one.
+                return self._end_as(state)
         with float32_strided_depthwise(self.model):
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _is_done(self, state: TrainerState) -> bool:
+        """Return whether a run has no step left to train."""
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return (state.epoch or 0) >= self.args.num_train_epochs
+
+    def _end_as(self, state: TrainerState) -> TrainOutput:
+        """End a run that was resumed behind its last step. Its weights have been loaded."""
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {"train_loss": 0.0, "epoch": state.epoch})
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository that is pushed to, before training."""
@@ -255,9 +274,9 @@ def _check_parts(folder: Path) -> None:
         )
 
 
-def _check_state(folder: Path) -> None:
+def _read_state(folder: Path) -> TrainerState:
     try:
-        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError) as error:
         raise OSError(
             f"{TRAINER_STATE_NAME!r} of the checkpoint {folder} cannot be read ({reason_of(error)}). Resume from "

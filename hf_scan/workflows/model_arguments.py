@@ -22,11 +22,17 @@ from .json_files import parse_json
 from .state_dicts import read_weights
 
 
+DEFAULT_BACKBONE = "cifar_resnet18"
+
+
 @dataclass
 class ModelArguments:
     """What the network is, and how its thresholds are found."""
 
-    backbone: str = field(default="cifar_resnet18", metadata={"help": "A model of timm."})
+    backbone: str | None = field(
+        default=None,
+        metadata={"help": "A model of timm. Defaults to the one in `--backbone_weights`, or to 'cifar_resnet18'."},
+    )
     backbone_kwargs: str = field(default="{}", metadata={"help": "More arguments for timm, as JSON."})
     exit_points: list[str] | None = field(
         default=None, metadata={"help": "Modules to exit after: names, or indices of taps."}
@@ -78,6 +84,11 @@ class ModelArguments:
         },
     )
 
+    @property
+    def name(self) -> str:
+        """The model's name: the one that was given, or the default."""
+        return self.backbone or DEFAULT_BACKBONE
+
     def target(self, seed: int) -> dict[str, Any]:
         """Return what thresholds are searched for, as arguments of [`~hf_scan.calibrate`]."""
         target: dict[str, Any] = {}
@@ -117,18 +128,15 @@ def create_model(network: ModelArguments, names: list[str]) -> ScanForImageClass
     }
     weights = network.backbone_weights
     if weights is None:
-        return ScanForImageClassification(ScanConfig(backbone=network.backbone, **settings))
+        return ScanForImageClassification(ScanConfig(backbone=network.name, **settings))
     if weights == "timm":
-        return ScanForImageClassification.from_timm(
-            network.backbone, pretrained=True, num_labels=len(names), **settings
-        )
+        return ScanForImageClassification.from_timm(network.name, pretrained=True, num_labels=len(names), **settings)
     if Path(weights).is_file():
         arguments = {"backbone_kwargs": settings["backbone_kwargs"], "image_size": network.image_size}
-        plain = load_plain_network(network.backbone, weights, **arguments)
+        plain = load_plain_network(network.name, weights, **arguments)
         trained_on: str | None = unknown_images(f"weights of {Path(weights).name}")
     else:
-        known = None if network.backbone == ModelArguments.backbone else network.backbone
-        plain, trained_on = load_plain_run(weights, known)
+        plain, trained_on = load_plain_run(weights, network.backbone)
     return ScanForImageClassification.from_timm(plain, num_labels=len(names), trained_on=trained_on, **settings)
 
 
@@ -145,7 +153,7 @@ def check_network(network: ModelArguments) -> None:
     """
     if network.import_module is not None:
         import_module(network.import_module)
-    name, weights = network.backbone, network.backbone_weights
+    name, weights = network.name, network.backbone_weights
     if weights is not None and Path(weights).is_dir():
         name = TimmWrapperConfig.from_pretrained(weights).architecture
     if ":" not in name:  # what timm has to fetch first, to know what it is

@@ -107,7 +107,7 @@ def run_training(data: DataArguments, network: ModelArguments, args: ScanTrainin
     print(f"\n{len(splits['test'])} test images of {facts['dataset']}, seed {args.seed}")
     if network.plain:
         report: dict[str, Any] = {"accuracy": scores["accuracy"]}
-        print(f"plain {network.backbone}: {scores['accuracy']:.2%}")
+        print(f"plain {model.config.backbone}: {scores['accuracy']:.2%}")
     else:
         report = exit_report(model, scores, plain_accuracy=known)
         facts["recipe"]["distillation"] = distillation_summary(args)
@@ -251,7 +251,7 @@ def _write(
             if table is not None:
                 facts |= draw_frontier(model, table, folder)
             name = trainer.hub_model_id or title(args.output_dir)
-            source = source_on_the_hub(network.backbone) if network.backbone_weights == "timm" else None
+            source = source_on_the_hub(network.name) if network.backbone_weights == "timm" else None
             trainer.card = create_model_card(model, report, facts, name, finetuned_from=source, **metadata(data))
             trainer.card.save(folder / "README.md")
     print(f"Written to {args.output_dir}")

@@ -185,6 +185,23 @@ def test_a_resumed_run_ends_as_the_whole_one_and_remembers_its_images_once(check
     assert model.exit_config.trained_on == some_digests(FIRST)
 
 
+@pytest.mark.parametrize("end", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1.25}])
+def test_a_run_that_was_killed_behind_its_last_step_trains_no_further(tmp_path, end):
+    """Which does not end an epoch: there are two steps in one."""
+    kept = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 20, **end}
+    whole = train(random_scan_model(), FIRST, tmp_path, **kept)
+    model = random_scan_model(1)
+    model.exit_config = ExitConfig(thresholds=[0.5, 0.5])
+    trainer = ScanTrainer(model, arguments(tmp_path, **kept), train_dataset=FIRST)
+    assert trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 3
+    assert model.fingerprint() == whole.fingerprint()
+    assert (model.exit_config.thresholds, model.exit_config.trained_on) == (None, some_digests(FIRST))
+    assert not (tmp_path / "checkpoint-4").exists()
+    longer = {**kept, "max_steps": 4}
+    resumed = ScanTrainer(random_scan_model(), arguments(tmp_path, **longer), train_dataset=FIRST)
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 4
+
+
 @pytest.mark.parametrize(
     ("images", "settings", "what"),
     [

@@ -4,7 +4,13 @@ from safetensors.torch import save_file
 
 from hf_scan import ExitConfig
 from hf_scan.training.baseline import plain_copy
-from hf_scan.workflows.model_arguments import ModelArguments, check_network, create_model, load_plain_network
+from hf_scan.workflows.model_arguments import (
+    DEFAULT_BACKBONE,
+    ModelArguments,
+    check_network,
+    create_model,
+    load_plain_network,
+)
 
 from ..conftest import random_scan_model
 
@@ -15,8 +21,10 @@ def test_a_backbone_that_the_weights_are_not_of_is_refused(tmp_path):
     ExitConfig(trained_on="1: ab").save_pretrained(tmp_path)
     names, weights = list("abcde"), str(tmp_path)
     settings = {"backbone_weights": weights, "image_size": 16}
-    with pytest.raises(ValueError, match=r"is said to be 'resnet50', and the weights in .* are of 'cifar_resnet20'"):
-        create_model(ModelArguments(backbone="resnet50", **settings), names)
+    for name in ("resnet50", DEFAULT_BACKBONE):  # named, if only as the default would be
+        said = rf"is said to be '{name}', and the weights in .* are of 'cifar_resnet20'"
+        with pytest.raises(ValueError, match=said):
+            create_model(ModelArguments(backbone=name, **settings), names)
     for given in ({}, {"backbone": "cifar_resnet20"}):
         found = create_model(ModelArguments(**given, **settings), names)
         assert found.exit_config.trained_on == "1: ab"
