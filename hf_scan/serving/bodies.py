@@ -123,14 +123,21 @@ async def _files_of_form(request: Request, body: bytes, max_images: int) -> list
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    # Counted by ourselves, but for numbers that no one sends by mistake.
-    again = Request(request.scope, receive)
-    async with again.form(max_files=10 * max_images, max_fields=100) as form:
-        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
-        if not files:
-            raise HTTPException(400, "The form has no files; expected at least one image file.")
-        _check_count(len(files), max_images)
-        return [await file.read() for file in files]
+    # The parser counts too, so that no form holds more files than are ever counted here.
+    again, most = Request(request.scope, receive), 10 * max_images
+    try:
+        async with again.form(max_files=most, max_fields=100) as form:
+            files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+            if not files:
+                raise HTTPException(400, "The form has no files; expected at least one image file.")
+            _check_count(len(files), max_images)
+            return [await file.read() for file in files]
+    except HTTPException as error:
+        if "too many files" not in error.detail.lower():
+            raise
+        raise HTTPException(
+            413, f"The request has more than {most} images, and {max_images} are accepted at a time."
+        ) from error
 
 
 def _check_count(count: int, max_images: int) -> None:

@@ -3,9 +3,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -296,19 +298,49 @@ async def _apologise(request: Request, error: Exception) -> JSONResponse:
 
 def serve(loaded: LoadedModel, host: str, port: int, settings: ServerSettings) -> None:
     """
-    Run a server until it is interrupted or terminated. It then answers what is in flight.
+    Run a server until it is interrupted or terminated (SIGINT, SIGTERM). It then accepts no more requests, answers
+    those in flight, and returns.
 
     Args:
         loaded ([`LoadedModel`]): The model, from [`load_model`].
         host (`str`): The address to listen at; `"127.0.0.1"` is reached from this machine only.
         port (`int`): The port to listen at.
         settings ([`ServerSettings`]): Batches and limits.
+
+    Raises:
+        `SystemExit`: if the server cannot listen there; the log says why.
     """
     import uvicorn
 
     app = create_app(loaded, settings)
     # Connections that neither send nor wait cost little; what they send is counted in `ByteBudget`.
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60, limit_concurrency=1024)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60, limit_concurrency=1024
+    )
+    server = uvicorn.Server(config)
+    with _ended_by_signals(server):
+        server.run()
+
+
+@contextmanager
+def _ended_by_signals(server: Any) -> Iterator[None]:
+    """
+    Have SIGINT and SIGTERM end a server of uvicorn and not the process. uvicorn handles both while it runs, and raises
+    them again when it has shut down: without this, the process would end as if it had been killed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 __all__ = ["Answers", "ImageAnswer", "Problem", "ServerSettings", "create_app", "serve"]

@@ -4,14 +4,12 @@ import asyncio
 import base64
 import io
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +132,7 @@ def test_health_metrics_and_the_page(loaded, checkpoint):
         ({"data": {"text": "x"}, "files": []}, 415, "x-www-form-urlencoded"),
         ({"content": b"--", "headers": {"content-type": "multipart/form-data"}}, 400, "oundary"),
         ({"json": {"images": ["QUJD"] * 1000}}, 413, "1000 images, more than the 64 that are accepted"),
+        ({"files": [("images", ("a", b"x"))] * 1000}, 413, "more than 640 images, and 64 are accepted"),
         ({"files": [("images", ("a", b"x"))] * 65}, 413, "65 images, more than the 64 that are accepted"),
     ],
 )
@@ -186,6 +185,20 @@ def test_a_camera_held_upright(loaded):
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.save(file, "PNG", exif=exif)
     assert ImageReader(loaded.processor, loaded.model).decode(file.getvalue()).size == (18, 20)
+
+
+def test_images_are_decoded_in_other_threads(loaded, monkeypatch):
+    decode, threads = ImageReader.decode, []
+
+    def note(self, content):
+        threads.append(threading.current_thread())
+        return decode(self, content)
+
+    monkeypatch.setattr(ImageReader, "decode", note)
+    ask(loaded, {"json": {"images": [in_base64(picture(number)) for number in range(6)]}}, decoders=2)
+    assert len(threads) == 6
+    assert threading.current_thread() not in threads  # in which the event loop runs
+    assert 1 <= len(set(threads)) <= 2
 
 
 def test_an_export_is_served_as_well(exported, checkpoint):
@@ -325,62 +338,3 @@ def test_the_command(checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "--model", str(checkpoint)]) == 1
     assert "pip install 'hf_scan[serve]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_server_that_is_terminated_answers_first(checkpoint):
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).parent / "hf-scan", "serve", "--model", checkpoint, "--port", port]
-    settings = ["--batch-size", "64", "--max-wait-ms", "3000"]
-    process = subprocess.Popen([str(part) for part in (*command, *settings)], stdout=subprocess.PIPE, text=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        assert process.stdout is not None
-        assert url in process.stdout.readline()
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-        answers: list[httpx.Response] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/predict", content=picture(), timeout=60))
-        )
-        thread.start()
-        wait_until(lambda: httpx.get(f"{url}/health").json()["in_flight"] == 1)
-        process.send_signal(signal.SIGTERM)
-        thread.join(60)
-        assert answers[0].json() == {"answers": expected_answers(checkpoint, [picture()])}
-        process.wait(60)
-    finally:
-        process.kill()
-
-
-LOAD_SECONDS = 600.0
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_memory_is_bounded_under_load(loaded):
-    """By callers of whom some send too much, and some hang up."""
-    content, end = picture(0, "JPEG", (300, 300)), time.monotonic() + LOAD_SECONDS
-
-    async def call(client, number):
-        while time.monotonic() < end:
-            kind = {"content": content} if number % 4 else {"json": {"images": [in_base64(content)] * 100}}
-            with suppress(httpx.HTTPError):
-                answer = await client.post("/predict", timeout=0.01 if number % 8 == 1 else 60, **kind)
-                assert answer.status_code in (200, 413, 503)
-
-    async def run(port):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            calls = [asyncio.ensure_future(call(client, number)) for number in range(24)]
-            while time.monotonic() < end:
-                await asyncio.sleep(LOAD_SECONDS / 60)
-                held.append(int(Path("/proc/self/statm").read_text().split()[1]))
-            await asyncio.gather(*calls)
-
-    held: list[int] = []
-    with running(loaded, max_queue=64) as (port, service):
-        asyncio.run(run(port))
-        wait_until(lambda: (service.held, service.budget.held, service.engine.in_flight) == (0, 0, 0))
-    # After a warm-up. Pages of 4 KiB; an image of each request would be far more.
-    assert max(held[-10:]) - max(held[5:15]) < (50 << 20) // 4096
