@@ -1,14 +1,14 @@
 """What each part of SCAN, and each way of training, adds: one network and recipe, one thing changed at a time.
 
-    python benchmarks/ablation.py parts --dataset_name uoft-cs/cifar100 --output_dir runs/ablation
-    python benchmarks/ablation.py methods --dataset_name uoft-cs/cifar100 --output_dir runs/ablation
+    python benchmarks/ablation.py parts --dataset_name uoft-cs/cifar100 --output_dir runs/ablation --use_cpu
+    python benchmarks/ablation.py methods --dataset_name uoft-cs/cifar100 --output_dir runs/ablation --use_cpu
 
 `parts` leaves out one part of the method at a time (ResNet-20, the paper's weights); `methods` changes one thing about
 the training at a time (ResNet-18 of a quarter of the width, the fast recipe). Every run is one of `examples/train.py`,
 whose flags may follow; those that a run folder has the figures of are not run again, so that an interrupted benchmark
-goes on. The defaults are for a CPU; on a GPU: `--max_train_samples 45000
---epochs 200`. Accuracies are those of the test split, which chose nothing. The table goes into
-`benchmarks/results/ablation.json`, in place of an earlier one of the same suite.
+goes on. The defaults are for a CPU; on a GPU: `--max_train_samples 45000 --epochs 200` in place of `--use_cpu`.
+Accuracies are those of the test split, which chose nothing. The table goes into `benchmarks/results/ablation.json`, in
+place of an earlier one of the same suite.
 """
 
 import argparse

@@ -28,6 +28,8 @@ from hf_scan.runtime import ORTScanForImageClassification
 from hf_scan.workflows.recipes import parse_arguments
 from hf_scan.workflows.verdict import Verdict
 
+from .forked import run_forked
+
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -78,9 +80,13 @@ ENVIRONMENT.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def run(*command: str | Path, fails: bool = False) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, timeout=240
-    )
+    program, *arguments = command
+    if program == sys.executable:
+        code = arguments.pop(1) if arguments[0] == "-c" else Path(arguments[0])
+        done = run_forked(code, arguments[1:], ENVIRONMENT, Path.cwd(), timeout=240)
+    else:
+        parts = [str(part) for part in command]
+        done = subprocess.run(parts, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -199,7 +205,12 @@ def test_recipe_with_flags_that_win(dataset_folder, tmp_path):
     assert [row["name"] for row in metrics["rows"][:2]] == ["exit 0 (layer2)", "exit 1 (layer3)"]
 
 
-@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*_*.yaml")), ids=lambda path: path.stem)
+FROM_SCRATCH = sorted(
+    set((EXAMPLES / "recipes").glob("*_*.yaml")) - set((EXAMPLES / "recipes").glob("*_transfer.yaml"))
+)
+
+
+@pytest.mark.parametrize("recipe", FROM_SCRATCH, ids=lambda path: path.stem)
 def test_every_recipe_is_one_for_its_network(recipe, tmp_path):
     """Every line of it is a flag, every network exists, and flags on the command line win."""
     given = [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "--learning_rate", "0.5"]
@@ -208,19 +219,21 @@ def test_every_recipe_is_one_for_its_network(recipe, tmp_path):
     assert data.dataset_name == {"cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}[dataset]
     # `fast_` is the recipe for little compute, alone the file that its networks include; `half_` the network's width.
     backbone = backbone.removeprefix("fast").removeprefix("_").removeprefix("half_")
-    assert network.backbone == ("cifar_" if dataset == "cifar100" else "") + (backbone or "resnet18")
+    expected = ("cifar_" if dataset == "cifar100" else "") + (backbone or "resnet18")
+    assert network.name == expected
     assert json.loads(network.backbone_kwargs) == ({"channels": [32, 64, 128, 256]} if "half_" in recipe.stem else {})
     assert args.learning_rate == 0.5
     assert args.max_grad_norm == 0
     with torch.device("meta"):
-        ScanForImageClassification(ScanConfig(backbone=network.backbone, num_labels=100))
+        ScanForImageClassification(ScanConfig(backbone=network.name, num_labels=100))
 
 
-def test_the_recipe_for_photos(tmp_path):
-    data, network, args = parse_arguments([str(EXAMPLES / "recipes/photos.yaml"), "--output_dir", str(tmp_path)])
-    assert (data.crop, network.backbone_weights, args.optim) == ("resized", "timm", "adamw_torch")
+@pytest.mark.parametrize(("name", "crop"), [("photos", "resized"), ("cifar100_transfer", "pad")])
+def test_recipes_that_start_from_weights(tmp_path, name, crop):
+    data, network, args = parse_arguments([str(EXAMPLES / f"recipes/{name}.yaml"), "--output_dir", str(tmp_path)])
+    assert (data.crop, network.backbone_weights, args.optim) == (crop, "timm", "adamw_torch")
     with torch.device("meta"):
-        ScanForImageClassification(ScanConfig(backbone=network.backbone, num_labels=6))
+        ScanForImageClassification(ScanConfig(backbone=network.name, num_labels=6))
 
 
 def test_two_processes(dataset_folder, tmp_path):

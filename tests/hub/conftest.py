@@ -4,15 +4,14 @@ The client reads its environment once, when it is imported: a process speaks to 
 """
 
 import os
-import subprocess
-import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..forked import run_forked
 from .server import HubServer, report
 
 
@@ -60,7 +59,7 @@ class Hub(HubServer):
 
     def run(
         self,
-        code: str | Path | Sequence[object],
+        code: str | Path,
         *arguments: object,
         user: str | None = "alice",
         cache: Path | None = None,
@@ -71,7 +70,7 @@ class Hub(HubServer):
         """Runs Python in a new process, with `arguments` in `sys.argv[1:]`.
 
         Args:
-            code: A program, a script (its path from the root of the repository), or the arguments of the interpreter.
+            code: A program, or a script (its path from the root of the repository).
             user: Who it is: a name of `tokens`, None for a stranger, or a token itself.
             cache: Its HF_HOME. By default a new one: a machine that has seen nothing.
             expect_error: Whether it has to fail.
@@ -80,23 +79,13 @@ class Hub(HubServer):
         Returns:
             The process, or what it wrote to stderr if it had to fail.
         """
-        if isinstance(code, str):
-            start = ["-c", textwrap.dedent(code)]
-        else:
-            start = [str(ROOT / code)] if isinstance(code, Path) else [str(part) for part in code]
         environment = self.environment(user, cache)
         for name, value in env.items():
             environment.pop(name, None)
             if value is not None:
                 environment[name] = value
-        done = subprocess.run(
-            [sys.executable, *start, *(str(argument) for argument in arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=self.folder,
-            env=environment,
-        )
+        program = textwrap.dedent(code) if isinstance(code, str) else ROOT / code
+        done = run_forked(program, arguments, environment, self.folder, timeout)
         said = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}\n{report(self.requests[-40:])}"
         assert (done.returncode != 0) == expect_error, said
         return done.stderr if expect_error else done

@@ -251,7 +251,7 @@ assert loaded.exit_config.thresholds is None and loaded.fingerprint() == bare.fi
 
 
 def test_the_card_of_a_push(hub, checkpoint):
-    """One where there is none, whose five lines run; that of others stays, also where it cannot be read."""
+    """One where there is none, whose five lines run."""
     folder, _ = checkpoint
     hub.run(PUSH + 'model.push_to_hub("alice/net", tags=["mine"])', folder)
     card = ModelCard(hub.files("alice/net")["README.md"].decode())
@@ -262,6 +262,11 @@ def test_the_card_of_a_push(hub, checkpoint):
     use = card.text.split("```python")[1].split("```")[0]
     hub.run("import torch\nimage = torch.rand(3, 32, 32)\n" + use)
 
+
+@pytest.mark.slow
+def test_a_push_leaves_a_card_of_others(hub, checkpoint):
+    """Also where it cannot be read."""
+    folder, _ = checkpoint
     theirs = b"---\ntags:\n- scan\n- early-exit\n- timm\n- hf_scan\n---\n# By hand\n"
     for fault in (None, {"method": "HEAD", "path": "README.md", "status": 503, "times": None}):
         hub.push("alice/net", {"README.md": theirs})

@@ -22,7 +22,15 @@ def kinds_of_answers(folder, models) -> tuple[int | None, int | None]:
     return (weights[0] if weights else None), (rules[0] if rules else None)
 
 
-@pytest.mark.parametrize(("before", "after"), [("5GB", "5GB"), ("5GB", "200KB"), ("200KB", "5GB"), ("200KB", "300KB")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("5GB", "200KB"),
+        ("200KB", "5GB"),
+        pytest.param("5GB", "5GB", marks=pytest.mark.slow),
+        pytest.param("200KB", "300KB", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(tmp_path, before, after, monkeypatch):
     """Killed before each of the calls by which it changes a folder."""
     monkeypatch.setattr(staged_folder, "IDLE_AFTER", 0)
