@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from .part_costs import RUNTIMES, PartCosts, costs_of_parts, serving_runtime
 from .recipes import HEADS_RECIPE
 from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
 from .steps import Steps
+from .time_left import TimeLeft, TrainingProgress, expected_seconds, seconds_of_an_image
 from .verdict import NOTHING
 
 
@@ -93,6 +93,7 @@ def place_exits(arguments: EquipArguments) -> ExitSearch:
     _check_arguments(arguments)
     keep_freed_memory()
     run = _Run(arguments)
+    run.start("plain", "search")
     run.prepare_plain()
     return run.place_exits()
 
@@ -119,6 +120,7 @@ class _Run:
     """One run of [`equip`]: a method for each step, and what they hand on."""
 
     def __init__(self, arguments: EquipArguments) -> None:
+        print(f"Reading {title(arguments.model)} and the images of {title(arguments.data)}", flush=True)
         self.arguments = arguments
         self.runtime = arguments.runtime or serving_runtime()
         # The network comes first: a name or a file that does not exist is refused before images are read.
@@ -134,12 +136,12 @@ class _Run:
         self.processor = create_image_processor(self.plain)
         if not self.new_classes:
             name_classes(self.plain, names)
-        self.steps = Steps(Path(arguments.output, STEPS), 5)
+        self.left = TimeLeft({})
+        self.steps = Steps(Path(arguments.output, STEPS), 0)
         self.plain_search: ExitTable | None = None  # what the plain network answers, where another is made of it
 
     def run(self) -> Equipped:
-        counts = self.count_images()
-        print(f"{title(self.arguments.data)}: {', '.join(f'{count} {name}' for name, count in counts.items())} images")
+        self.start("plain", "search", "joint" if self.arguments.finetune else "train", "costs", "finish")
         self.prepare_plain()
         search = self.place_exits()
         if self.arguments.finetune:
@@ -149,6 +151,16 @@ class _Run:
         model = search.create_model().eval() if self.arguments.finetune else self.train_heads(search)
         engine = self.measure(model)
         return self.finish(model, engine, search)
+
+    def start(self, *steps: str) -> None:
+        """Print what images there are, and estimate the time of these steps by training on a few."""
+        counts = self.count_images()
+        print(f"{', '.join(f'{count:,} {name}' for name, count in counts.items())} images", flush=True)
+        seconds = seconds_of_an_image(self.wide_network(), self.images("train", augmented=True))
+        expected = expected_seconds(self.arguments, counts, seconds, self.new_classes)
+        self.left = self.steps.left = TimeLeft({step: expected[step] for step in steps})
+        self.steps.count = len(steps)
+        print(f"This takes {self.left.text()}: {seconds:.3f} s to read a train image and learn from it", flush=True)
 
     def count_images(self) -> dict[str, int]:
         """Return the number of images by split."""
@@ -190,13 +202,19 @@ class _Run:
         self.steps.run("plain", fit if self.new_classes else "Take the network as it is", settings, work)
         _load_step(self.plain.backbone, file)
 
+    def wide_network(self) -> ScanForImageClassification:
+        """Return the network with fresh heads at all candidates."""
+        arguments = self.arguments
+        wide = wide_network(self.plain, arguments.max_exits, arguments.exit_points, arguments.seed)
+        if not arguments.finetune or len(wide.exit_heads) <= JOINT_CANDIDATES:
+            return wide
+        points = spread_over([stage.name for stage in wide.stages[:-1]], count_macs(wide).stages, JOINT_CANDIDATES)
+        return wide_network(self.plain, arguments.max_exits, points, arguments.seed)
+
     def place_exits(self) -> ExitSearch:
         """Train the heads of all candidates, measure costs once, and choose."""
         arguments, folder = self.arguments, self.steps.folder / "search"
-        wide = wide_network(self.plain, arguments.max_exits, arguments.exit_points, arguments.seed)
-        if arguments.finetune and len(wide.exit_heads) > JOINT_CANDIDATES:
-            points = spread_over([stage.name for stage in wide.stages[:-1]], count_macs(wide).stages, JOINT_CANDIDATES)
-            wide = wide_network(self.plain, arguments.max_exits, points, arguments.seed)
+        wide = self.wide_network()
         names = ("search_epochs", "batch_size", "max_exits", "finetune", "serve_batch_size")
         settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
         settings |= {"exit_points": wide.config.exit_points, "guarantee": arguments.guarantee is not None}
@@ -204,8 +222,10 @@ class _Run:
         images = self.images("train", augmented=True)
 
         def work() -> dict[str, Any]:
-            self.estimate(wide, images)
-            train_candidates(wide, images, folder, resumable=True, **self.training(arguments.search_epochs))
+            progress = TrainingProgress(self.left, "search")
+            train_candidates(
+                wide, images, folder, resumable=True, progress=progress, **self.training(arguments.search_epochs)
+            )
             collect_exit_logits(wide.eval(), self.images("search")).save(folder / "table.safetensors")
             costs = costs_of_parts(wide, self.runtime, arguments.serve_batch_size)
             wide.save_pretrained(folder / "model")
@@ -242,26 +262,6 @@ class _Run:
             "dataloader_num_workers": arguments.workers,
             "seed": arguments.seed,
         }
-
-    def estimate(self, wide: ScanForImageClassification, images: Any) -> None:
-        """Print how long the run will take, from a few training steps' time."""
-        wide.freeze_backbone()
-        wide.train()
-        wide.training_recorded = True  # no weight changes here, so nothing was trained on these images
-        seconds = 0.0
-        for rows in (range(4), range(4, 12)):  # the first warms up
-            start = time.monotonic()
-            batch = collate_rows(images.__getitems__([row % len(images) for row in rows]))
-            sum(logits.square().mean() for logits in wide(batch["pixel_values"]).exit_logits).backward()
-            seconds = (time.monotonic() - start) / len(rows)
-        wide.zero_grad()
-        wide.training_recorded = False
-        arguments = self.arguments
-        epochs = arguments.search_epochs + arguments.epochs * (3 if arguments.finetune else 0.7)
-        held_out = sum(len(self.splits[name]) for name in self.splits if name != "train")
-        total = seconds * (epochs * len(images) + held_out) + 120  # the last for costs, export and times
-        minutes = max(1, round(total / 60))
-        print(f"      about {minutes} minutes in all, from {seconds:.3f} s for a train image", flush=True)
 
     def train_heads(self, search: ExitSearch) -> ScanForImageClassification:
         """Train the chosen heads further."""
@@ -315,6 +315,7 @@ class _Run:
             self.images("train", augmented=True),
             folder,
             resumable=True,
+            progress=TrainingProgress(self.left, folder.name),
             **{**self.training(self.arguments.epochs), **settings},
         )
         _remove_checkpoints(folder)
@@ -348,7 +349,7 @@ class _Run:
         """Find thresholds, test, and write everything."""
         arguments = self.arguments
         self.steps.number += 1
-        print(f"[{self.steps.number}/{self.steps.count}] Find thresholds, test and write", flush=True)
+        self.steps.announce("Find thresholds, test and write")
         self.find_thresholds(model)
         scores = score(model, collect_exit_logits(model, self.images("test"), "test"))
         plain_accuracy = scores["accuracy"]

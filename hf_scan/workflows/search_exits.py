@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Subset
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from ..calibration.exit_table import ExitTable, collect_exit_logits
@@ -324,7 +325,12 @@ def wide_network(
 
 
 def train_candidates(
-    model: ScanForImageClassification, images: Any, folder: str | Path, resumable: bool, **settings: Any
+    model: ScanForImageClassification,
+    images: Any,
+    folder: str | Path,
+    resumable: bool,
+    progress: TrainerCallback | None = None,
+    **settings: Any,
 ) -> None:
     """
     Train the heads of all exits together.
@@ -334,12 +340,17 @@ def train_candidates(
         images (`Dataset`): Transformed, with labels.
         folder (`str` or `Path`): For checkpoints.
         resumable (`bool`): Whether to write one after each epoch, and to go on from the last one that is there.
+        progress (`TrainerCallback`, *optional*): Shows how far it is, in place of what the `Trainer` prints.
         settings: As for [`heads_arguments`].
     """
     whole = len(images) >= settings.get("per_device_train_batch_size", HEADS_RECIPE["per_device_train_batch_size"])
     saved = "epoch" if resumable else "no"
-    arguments = heads_arguments(folder, **{"save_strategy": saved, "dataloader_drop_last": whole, **settings})
+    defaults = {"save_strategy": saved, "dataloader_drop_last": whole, "disable_tqdm": progress is not None}
+    arguments = heads_arguments(folder, **{**defaults, **settings})
     trainer = ScanTrainer(model, arguments, train_dataset=images)
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(progress)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if resumable else None)
 
 

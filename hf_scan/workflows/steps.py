@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.named_errors import write_whole
+from .time_left import TimeLeft
 
 
 class Steps:
@@ -20,6 +21,8 @@ class Steps:
     Args:
         folder (`str` or `Path`): Where records, and what steps make, are kept.
         count (`int`): How many steps there will be, for the progress.
+        left ([`~hf_scan.workflows.time_left.TimeLeft`], *optional*): The time that each step is expected to take, by
+            its name. It is printed as a step starts, and corrected when it ends.
 
     Example:
 
@@ -37,13 +40,14 @@ class Steps:
     ```
     """
 
-    def __init__(self, folder: str | Path, count: int) -> None:
+    def __init__(self, folder: str | Path, count: int, left: TimeLeft | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.count = count
         self.number = 0
         self.settings: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.left = left
 
     def run(
         self, name: str, title: str, settings: dict[str, Any], work: Callable[[], dict[str, Any]]
@@ -67,17 +71,26 @@ class Steps:
         if record.get("settings") == self.settings and "result" in record:
             print(f"[{self.number}/{self.count}] {title}: done before", flush=True)
             self.seconds[name] = record["seconds"]
+            if self.left is not None:
+                self.left.skip(name)
             result: dict[str, Any] = record["result"]
             return result
-        print(f"[{self.number}/{self.count}] {title}", flush=True)
+        self.announce(title)
         if record.get("settings") != self.settings:  # else it goes on from what it left
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self._write(file, {"settings": self.settings})
         start = time.monotonic()
         result = work()
         self.seconds[name] = time.monotonic() - start
+        if self.left is not None:
+            self.left.finish(name, self.seconds[name])
         self._write(file, {"settings": self.settings, "seconds": self.seconds[name], "result": result})
         return result
+
+    def announce(self, title: str) -> None:
+        """Print which step starts, and the time that is left where it is known."""
+        left = "" if self.left is None else f" ({self.left})"
+        print(f"[{self.number}/{self.count}] {title}{left}", flush=True)
 
     @staticmethod
     def _write(file: Path, record: dict[str, Any]) -> None:

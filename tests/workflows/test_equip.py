@@ -1,6 +1,7 @@
 """The whole way, with a tiny network whose exits can learn what there is to see."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,15 @@ def test_it_goes_on_where_it_stopped(photos, weights, tmp_path, capsys, monkeypa
             module.run_equip(request)
     assert not (tmp_path / "run" / "config.json").exists()
     first = capsys.readouterr().out
-    assert "about" in first  # an estimate
+    # An estimate comes before the first step, and is corrected in every epoch and by every step.
+    reading, images, estimate, step, *_ = first.splitlines()
+    assert reading == "Reading cifar_resnet20 and the images of photos"
+    assert images == "70 train, 40 test, 30 search images"
+    assert re.match(r"This takes about \d minutes?: ", estimate)
+    assert re.fullmatch(r"\[1/5\] Fit a classifier .* \(about \d minutes? left\)", step)
+    assert re.search(r"epoch 1 of 2: loss \S+, about \d minutes? left in all", first)
+    assert len(re.findall(r"\[\d/5\] .* \(about \d minutes? left\)", first)) == 3
+    assert "{'loss'" not in first
     trained = []
 
     def counted(model, images, folder, **settings):
