@@ -2,13 +2,13 @@
 """Check that thresholds can be searched or certified on a split."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binom
 from transformers.utils import logging
 
-from ..data.digests import shared_with
+from ..data.digests import sample_digests, shared_with
 from ..model.exit_config import ExitConfig
 from ..model.provenance import known_parts, unknown_parts
 from .exit_table import ExitTable
@@ -149,15 +149,34 @@ def check_not_among(table: ExitTable, digests: str | None, what: str) -> None:
         `ValueError`: if the split holds significantly more of them than by chance.
     """
     for part in known_parts(digests):
-        _check_not_among_part(table, part, what)
+        _check_not_among_part(table.samples, table.split, part, what)
 
 
-def _check_not_among_part(table: ExitTable, digests: str, what: str) -> None:
-    shared, at_most = shared_with(table.samples, digests)
-    if binom.sf(shared - 1, len(table), min(1.0, SHARED_BY_CHANCE * at_most / len(table))) < UNLIKELY:
+def check_unseen(images: Any, split: str, digests: str | None, what: str) -> None:
+    """
+    As [`check_not_among`], of images that no network has answered yet: before the work, where their digests are known
+    without it.
+
+    Args:
+        images (`datasets.Dataset` or `torch.utils.data.Dataset`): The split.
+        split (`str`): Its name.
+        digests, what: As for [`check_not_among`].
+    """
+    if not (parts := known_parts(digests)):
+        return
+    if (samples := sample_digests(images)) is None:
+        return
+    for part in parts:
+        _check_not_among_part(samples, split, part, what)
+
+
+def _check_not_among_part(samples: np.ndarray, split: str, digests: str, what: str) -> None:
+    shared, at_most = shared_with(samples, digests)
+    if binom.sf(shared - 1, len(samples), min(1.0, SHARED_BY_CHANCE * at_most / len(samples))) < UNLIKELY:
         raise ValueError(
-            f"{what} on the {table.split!r} split, or a part of it: {shared} images whose digests are recorded are in "
-            f"it, of {at_most:.0f} if all of it was, so accuracy would be overestimated. Use other images."
+            f"{what} on the {split!r} split, or a part of it: {shared} images whose digests are recorded are in it, "
+            f"of {at_most:.0f} if all of it was, so accuracy would be overestimated. Use other images, such as those "
+            "that the training kept aside."
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.calibrate import calibrate
 from ..calibration.certify import RiskBound
 from ..calibration.exit_table import ExitTable, collect_exit_logits
+from ..calibration.splits import check_unseen
 from ..costs.allocator import keep_freed_memory
 from ..costs.measure import count_macs, describe_machine, measure_costs, realised_speedup
 from ..costs.values import MeasuredCosts, RealisedSpeedup
@@ -42,6 +43,7 @@ from .verdict import NOTHING
 
 
 STEPS = "steps"
+RUNTIME_NAMES = {"onnx": "ONNX Runtime", "pytorch": "PyTorch"}
 # Images that the speed-up is measured on; each round runs all of them.
 TIMED_IMAGES = 100
 # Of the heads' learning rate, where the backbone is trained with them: its weights are good already.
@@ -130,6 +132,8 @@ class _Run:
         check_search_split(self.splits)
         if arguments.guarantee is not None:
             self.splits["search"], self.splits["certify"] = split_off(self.splits["search"], 0.5, arguments.seed)
+        for name in sorted(self.splits.keys() - {"train"}):
+            check_unseen(self.splits[name], name, source.exit_config.trained_on, "The network was trained")
         names = self.splits["train"].features["labels"].names
         self.new_classes = source.num_labels != len(names)
         self.plain = for_classes(source, names) if self.new_classes else source
@@ -227,6 +231,7 @@ class _Run:
                 wide, images, folder, resumable=True, progress=progress, **self.training(arguments.search_epochs)
             )
             collect_exit_logits(wide.eval(), self.images("search")).save(folder / "table.safetensors")
+            print(f"      measuring what stages and heads cost in {RUNTIME_NAMES[self.runtime]}", flush=True)
             costs = costs_of_parts(wide, self.runtime, arguments.serve_batch_size)
             wide.save_pretrained(folder / "model")
             _remove_checkpoints(folder)
@@ -367,12 +372,11 @@ class _Run:
         measured = realised_speedup(engine, pixels, arguments.serve_batch_size)
         report = exit_report(model, scores, [measured], plain_accuracy=plain_accuracy)
         print("\n".join([exit_table(report), *speedup_lines(report)]), flush=True)
-        runtime = "ONNX Runtime" if engine is not model else "PyTorch"
         result = Equipped(
             plain_accuracy=plain_accuracy,
             accuracy=scores["adaptive_accuracy"],
             speedup=measured.speedup,
-            runtime=f"{runtime}, batch size {arguments.serve_batch_size}",
+            runtime=f"{RUNTIME_NAMES[self.runtime]}, batch size {arguments.serve_batch_size}",
             output=arguments.output,
             next_step=_next_step(arguments, search, measured),
         )

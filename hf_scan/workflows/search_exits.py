@@ -15,7 +15,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from ..calibration.exit_table import ExitTable, collect_exit_logits
-from ..calibration.splits import LEAST_SAMPLES
+from ..calibration.splits import LEAST_SAMPLES, check_unseen
+from ..data.digests import some_digests
 from ..model.configuration_scan import ScanConfig
 from ..model.modeling_scan import ScanForImageClassification
 from ..model.named_errors import write_whole
@@ -163,7 +164,7 @@ def search_exits(
         costs (`str` or [`~hf_scan.workflows.part_costs.PartCosts`], *optional*, defaults to `"macs"`): What to count:
             `"macs"`, or milliseconds of `"pytorch"` or `"onnx"` on this machine.
         output_dir (`str` or `Path`, *optional*): A folder for checkpoints, from which a search that was interrupted
-            goes on, and for what it finds. Defaults to none.
+            goes on, and for what it finds. Defaults to none. Of a module of your own, there are no checkpoints.
         seed (`int`, *optional*, defaults to 0): Of the heads' weights, the order of images and the split.
         training_arguments: More arguments of [`ScanTrainingArguments`], in place of those of
             [`~hf_scan.workflows.recipes.HEADS_RECIPE`].
@@ -172,8 +173,8 @@ def search_exits(
         [`ExitSearch`]: a table when printed.
 
     Raises:
-        `ValueError`: if an argument is out of range, there are too few images to search on, or the network has no
-            place for an exit.
+        `ValueError`: if an argument is out of range, there are too few images to search on, the network or its heads
+            are trained on them, or the network has no place for an exit.
 
     Example:
 
@@ -195,11 +196,15 @@ def search_exits(
         raise ValueError(f"`max_accuracy_drop` is {max_accuracy_drop}; expected points from 0 to 100, such as 0.5.")
     splits = _split(dataset, holdout, seed)
     _check_count(len(splits["search"]), max_accuracy_drop)
+    check_unseen(splits["search"], "search", model.exit_config.trained_on, "The network was trained")
+    check_unseen(splits["search"], "search", some_digests(splits["train"]), "Heads would be trained")
     wide = wide_network(model, max_exits, exit_points, seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output_dir or scratch)
         settings = {"num_train_epochs": num_epochs, "per_device_train_batch_size": batch_size, "seed": seed}
-        train_candidates(wide, splits["train"], folder, output_dir is not None, **{**settings, **training_arguments})
+        # Of a module of the user's own, no checkpoint can be saved.
+        resumable = output_dir is not None and model.config.backbone_source != "custom"
+        train_candidates(wide, splits["train"], folder, resumable, **{**settings, **training_arguments})
     wide.eval()
     table = collect_exit_logits(wide, splits["search"], "search")
     if isinstance(costs, str):

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_scan import Equipped, ExitConfig, ScanConfig, ScanForImageClassification, advise, equip, image_splits
 from hf_scan.calibration import collect_exit_logits
 from hf_scan.cli import main
+from hf_scan.data import some_digests
 from hf_scan.model.image_processing_scan import create_image_processor
 from hf_scan.runtime import ORTScanForImageClassification
 from hf_scan.training.baseline import plain_copy
@@ -121,12 +122,12 @@ def test_it_goes_on_where_it_stopped(photos, weights, tmp_path, capsys, monkeypa
     first = capsys.readouterr().out
     # An estimate comes before the first step, and is corrected in every epoch and by every step.
     reading, images, estimate, step, *_ = first.splitlines()
-    assert reading == "Reading cifar_resnet20 and the images of photos"
+    assert reading == f"Reading cifar_resnet20 and the images of {photos.name}"
     assert images == "70 train, 40 test, 30 search images"
-    assert re.match(r"This takes about \d minutes?: ", estimate)
-    assert re.fullmatch(r"\[1/5\] Fit a classifier .* \(about \d minutes? left\)", step)
-    assert re.search(r"epoch 1 of 2: loss \S+, about \d minutes? left in all", first)
-    assert len(re.findall(r"\[\d/5\] .* \(about \d minutes? left\)", first)) == 3
+    assert re.match(r"This takes about \d+ minutes?: ", estimate)
+    assert re.fullmatch(r"\[1/5\] Fit a classifier .* \(about \d+ minutes? left\)", step)
+    assert re.search(r"epoch 1 of 2: loss \S+, about \d+ minutes? left in all", first)
+    assert len(re.findall(r"\[\d/5\] .* \(about \d+ minutes? left\)", first)) == 3
     assert "{'loss'" not in first
     trained = []
 
@@ -196,6 +197,18 @@ def test_classes_are_those_of_the_weights(photos, tmp_path, right):
     else:
         with pytest.raises(ValueError, match="hardly more than by chance among 2 classes"):
             run.prepare_plain()
+
+
+def test_images_that_the_weights_were_trained_on_are_refused_before_the_first_step(photos, tmp_path):
+    """Of a plain run that kept other images aside than this one would."""
+    model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2, image_size=32))
+    plain_copy(model).save_pretrained(tmp_path / "plain")
+    kept = image_splits(photos, create_image_processor(model), holdout=0.2, seed=1)
+    ExitConfig(trained_on=some_digests(kept["train"])).save_pretrained(tmp_path / "plain")
+    settings = {**SETTINGS, "weights": str(tmp_path / "plain")}
+    with pytest.raises(ValueError, match=r"The network was trained on the 'search' split, or a part of it"):
+        equip("cifar_resnet20", str(photos), str(tmp_path / "run"), **settings)
+    assert not (tmp_path / "run" / "steps" / "plain.json").exists()
 
 
 def test_bad_requests_are_refused_before_images_are_read(tmp_path, capsys):

@@ -9,6 +9,8 @@ from torch import nn
 
 from hf_scan import ScanConfig, ScanForImageClassification, advise, search_exits
 from hf_scan.costs import ExitCosts, count_macs
+from hf_scan.data import some_digests
+from hf_scan.workflows import search_exits as module
 from hf_scan.workflows.candidates import find_candidates, keep_exits, with_candidates
 from hf_scan.workflows.part_costs import PartCosts, costs_of_parts
 from hf_scan.workflows.search_exits import choose_exits
@@ -166,6 +168,16 @@ def test_bad_requests(rows):
         search_exits(model, rows, holdout=2)
 
 
+def test_images_that_the_network_or_its_heads_see_are_refused_before_training(rows, monkeypatch):
+    monkeypatch.setattr(module, "train_candidates", lambda *_, **__: pytest.fail("trains"))
+    model = random_scan_model(num_labels=2)
+    with pytest.raises(ValueError, match="Heads would be trained on the 'search' split, or a part of it: 120 images"):
+        search_exits(model, {"train": rows, "search": rows})
+    model.exit_config = model.exit_config.replace(trained_on=some_digests(rows))
+    with pytest.raises(ValueError, match=r"The network was trained on the 'search' split.* Use other images, such as"):
+        search_exits(model, rows)
+
+
 def test_too_few_images_for_the_target_are_named(rows, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_scan"), "propagate", True)
     search_exits(random_scan_model(num_labels=2), rows, max_accuracy_drop=0.5, num_epochs=0.1, **QUIET)
@@ -199,7 +211,7 @@ def test_networks_of_other_libraries_are_advised_on():
     assert 1 < advice.bound < 4
 
 
-def test_exits_are_sought_in_a_module_of_ones_own(rows):
+def test_exits_are_sought_in_a_module_of_ones_own(rows, tmp_path):
     def block(channels, wider):
         return nn.Sequential(nn.Conv2d(channels, wider, 3, 2, 1), nn.BatchNorm2d(wider), nn.ReLU())
 
@@ -208,6 +220,8 @@ def test_exits_are_sought_in_a_module_of_ones_own(rows):
     model = ScanForImageClassification.from_module(
         plain, image_size=16, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}
     )
-    found = search_exits(model, rows, max_exits=1, max_accuracy_drop=50, num_epochs=1, **QUIET)
+    settings = {"max_exits": 1, "max_accuracy_drop": 50, "num_epochs": 1, "output_dir": tmp_path / "search"}
+    found = search_exits(model, rows, **settings, **QUIET)
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["search.json"]  # no checkpoint can be saved
     assert [row["name"] for row in found.rows] == ["0"]
     assert torch.equal(found.model.backbone[0][0].weight, plain[0][0].weight)
