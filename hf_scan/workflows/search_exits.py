@@ -263,6 +263,8 @@ def choose_exits(
         problem.heads[:-1].tolist(),
         plain_accuracy,
         chosen,
+        placement.fitted_drop,
+        len(table),
     )
     return ExitSearch(
         config=with_exits(model.config, chosen) if chosen else model.config,

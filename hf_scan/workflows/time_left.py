@@ -41,7 +41,7 @@ class TimeLeft:
     about 15 minutes left
     >>> left.finish("search", 600.0)  # twice as long as expected
     >>> print(left)
-    about 20 minutes left
+    about 19 minutes left
     ```
     """
 

@@ -136,10 +136,15 @@ def test_verdicts_say_why():
     assert "2.00 times" in verdict.reason
     assert "at b it takes 3.2%" in verdict.reason
 
-    def judged(speedup, alone, heads):
-        return verdict_of_search(speedup, 0.5, ["a", "b"], [0.5, 0.7], alone, heads, 0.9, ["b"] if speedup > 1 else [])
+    def judged(speedup, alone, heads, **given):
+        chosen = ["b"] if speedup > 1 else []
+        return verdict_of_search(speedup, 0.5, ["a", "b"], [0.5, 0.7], alone, heads, 0.9, chosen, **given)
 
     assert judged(1.3, [1, 0.8], [0.01, 0.01]).answer == "pays"
+    assert judged(1.3, [1, 0.8], [0.01, 0.01], lost=1.4, count=200).answer == "pays"
+    overfitted = judged(1.3, [1, 0.8], [0.01, 0.01], lost=1.6, count=200)
+    assert overfitted.answer == "may pay"
+    assert "1.6 points are lost on images that did not choose the thresholds, where at most 0.5" in overfitted.reason
     assert judged(1.03, [1, 0.97], [0.01, 0.01]).answer == "may pay"
     weak = judged(0.99, [1.0, 0.99], [0.01, 0.01])
     assert weak.answer == "does not pay"
