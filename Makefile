@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP) ## Train on handwritten digits, find thresholds, measure, save and load: about 3 minutes
-	$(VENV)/bin/python examples/quickstart.py
+	@echo "Loading PyTorch and Transformers, then training on handwritten digits"
+	@$(VENV)/bin/python examples/quickstart.py
 
 test: $(STAMP)   ## Run the tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)

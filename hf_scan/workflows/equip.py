@@ -132,8 +132,11 @@ class _Run:
         check_search_split(self.splits)
         if arguments.guarantee is not None:
             self.splits["search"], self.splits["certify"] = split_off(self.splits["search"], 0.5, arguments.seed)
-        for name in sorted(self.splits.keys() - {"train"}):
-            check_unseen(self.splits[name], name, source.exit_config.trained_on, "The network was trained")
+        try:
+            for name in sorted(self.splits.keys() - {"train"}):
+                check_unseen(self.splits[name], name, source.exit_config.trained_on, "The network was trained")
+        except ValueError as error:
+            raise ValueError(f"{error} The `holdout` of that training keeps the same ones.") from None
         names = self.splits["train"].features["labels"].names
         self.new_classes = source.num_labels != len(names)
         self.plain = for_classes(source, names) if self.new_classes else source

@@ -265,7 +265,8 @@ def test_enlargements_stay_in_the_layout_of_convolutions(exported, tmp_path):
         onnxruntime.InferenceSession(exported / "onnx" / f"stage_{index}.onnx", options)
         found = Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node)
         assert "Shape" not in found
-        if found["ReorderOutput"]:  # on processors for which there is such a layout
+        # On processors for which there is such a layout, and not in ONNX Runtime 1.23, the last for Python 3.10.
+        if found["ReorderOutput"] and not version("onnxruntime").startswith("1.23."):
             assert (found["Upsample"], found["Resize"]) == (1, 0)
 
 
