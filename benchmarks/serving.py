@@ -3,7 +3,9 @@
 Compares plain batches, static batches with exits (all images of which are answered when the last has left), and the
 refilled engine `hf_scan.serving.AsyncEngine`, by open-loop Poisson arrivals: callers do not wait for each other. Load
 is a share of the throughput of static batches with exits: all three are sent the same images at the same times.
-`--parts` chooses among `stages`, `throughput`, `load` and `simulate`; results are merged into `--output`.
+`--parts` chooses among `stages`, `throughput`, `load`, `simulate` and `ray`; results are merged into `--output`.
+`load` takes about 42 times `--seconds`, three minutes by default, and longer where the machine cannot keep up: every
+request is answered. `simulate` needs the times of `stages`, of this run or an earlier one.
 
 Times of stages are CPU time on one thread, which other processes on the machine change little. What is simulated says
 so, and is computed from them with the library's own scheduler.
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from serving_ray import measure_ray
 from serving_simulation import Replica, poisson, seconds_of, simulate, summary
 
 from hf_scan.costs import describe_machine, keep_freed_memory
@@ -32,6 +35,7 @@ from hf_scan.serving.networks import Arrivals, served_network
 SIZES = (1, 2, 4, 8, 16, 32)
 LOADS = (0.2, 0.5, 0.7, 0.9, 0.95)
 KINDS = ("plain", "static", "refilled")
+PARTS = ("stages", "throughput", "load", "simulate", "ray")
 
 
 class StaticBatches:
@@ -241,6 +245,28 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def throughput_text(found: dict[str, Any]) -> str:
+    return (
+        f"Engine over `predict_adaptive_stream`, all images there from the start: {found['ratio']:.2f} of the images "
+        f"a second, {found['ratio_of_cpu_time']:.2f} of the images a second of CPU time."
+    )
+
+
+def ray_text(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['images']} image files in {found['blocks']} parquet files, from bytes to answers, on the same "
+        f"{found['cores']} cores: `predict_adaptive_stream` in one process with {found['cores']} threads, and Ray "
+        f"Data with {found['cores']} actors of one thread. Medians of {found['rounds']} rounds, images a second.",
+        "",
+        "| | one process | Ray Data | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, text in (("steady", "steady state"), ("with_start_up", "with start-up, loading the network")):
+        one, two = found[f"process_{name}"], found[f"ray_{name}"]
+        lines.append(f"| {text} | {one:.0f} | {two:.0f} | {found[f'ratio_{name}']:.2f} |")
+    return "\n".join(lines)
+
+
 def as_text(results: dict[str, Any]) -> str:
     """Return all results as Markdown."""
     parts = ["# Serving\n", f"{__doc__}"]
@@ -249,16 +275,14 @@ def as_text(results: dict[str, Any]) -> str:
             continue
         shares = ", ".join(f"{share:.1%}" for share in found["exit_shares"])
         settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
-        parts.append(f"## {name}\n\nOf the images {shares} leave at each exit. {settings}; {found['machine']}.")
-        if "throughput" in found:
-            ratio = found["throughput"]
-            parts.append(
-                f"Engine over `predict_adaptive_stream`, all images there from the start: {ratio['ratio']:.2f} of the "
-                f"images a second, {ratio['ratio_of_cpu_time']:.2f} of the images a second of CPU time."
-            )
+        parts.append(f"## {name}\n\nOf the images {shares} leave at each exit. {settings}.")
+        for part, write in (("throughput", throughput_text), ("ray", ray_text)):
+            if part in found:
+                parts.append(f"### {part.capitalize()}\n\n{found['machines'][part]}.\n\n{write(found[part])}")
         for part, rows in found.items():
             if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-                parts.append(f"### {part.capitalize()}\n\n{table(rows)}")
+                machine = found["machines"]["load" if part == "measured" else "simulate"]
+                parts.append(f"### {part.capitalize()}\n\n{machine}.\n\n{table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -266,33 +290,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a trained network with thresholds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving.json"))
-    parser.add_argument("--parts", nargs="+", default=["stages", "throughput", "load", "simulate"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-wait-ms", type=float, default=2.0)
     parser.add_argument("--thresholds", type=float, nargs="+", help="in place of the model's own")
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--images", type=int, default=1000, help="for the throughput")
-    parser.add_argument("--seconds", type=float, default=8, help="of arrivals at each load")
+    parser.add_argument("--ray-images", type=int, default=20_000, help="for the part ray (default: 20000)")
+    parser.add_argument("--seconds", type=float, default=4, help="of arrivals at each load (default: 4)")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    results = json.loads(given.output.read_text()) if given.output.is_file() else {}
+    if "simulate" in given.parts and "stages" not in given.parts and "cpu_seconds" not in results:
+        parser.error(f"`simulate` needs times of stages, and {given.output} has none; add `stages` to `--parts`.")
     keep_freed_memory()
     images = digits(given.model)
     loaded = load_model(given.model, given.threads)
     model, rule = loaded.model, {} if given.thresholds is None else {"thresholds": given.thresholds}
-    results = json.loads(given.output.read_text()) if given.output.is_file() else {}
     depths = depths_of(model, images, rule)
     shares = np.bincount(depths, minlength=model.num_exits) / len(depths)
     settings = {"batch_size": given.batch_size, "max_wait_ms": given.max_wait_ms, "threads": given.threads}
     name = "own thresholds" if given.thresholds is None else f"thresholds {given.thresholds}"
     found = results.setdefault(name, {})
-    found |= {"settings": settings, "exit_shares": shares.round(4).tolist(), "machine": describe_machine(model.device)}
+    found |= {"settings": settings, "exit_shares": shares.round(4).tolist()}
+    machine = describe_machine(model.device)
+    found["machines"] = {**found.get("machines", {}), **dict.fromkeys(given.parts, machine)}
     if "stages" in given.parts:
         results["cpu_seconds"] = stage_times(model, images, rounds=9)
-    times = {
-        part: [{int(size): seconds for size, seconds in stage.items()} for stage in stages]
-        for part, stages in results["cpu_seconds"].items()
-    }
     if "throughput" in given.parts:
         found["throughput"] = measure_throughput(model, images, given, rule)
         print(json.dumps(found["throughput"], indent=2))
@@ -302,24 +327,36 @@ def main() -> None:
         found["measured"] = measure_load(model, images, given, rule, capacity)
         print(f"Measured on this machine, {name}\n\n{table(found['measured'])}\n")
     if "simulate" in given.parts:
+        times = {
+            part: [{int(size): seconds for size, seconds in stage.items()} for stage in stages]
+            for part, stages in results["cpu_seconds"].items()
+        }
         for replicas in (1, 100):
             rows = found[f"simulated, {replicas} replicas"] = simulate_load(times, depths, given, replicas)
             print(f"Simulated from CPU times of stages, {replicas} replicas, {name}\n\n{table(rows)}\n")
+    if "ray" in given.parts:
+        found["ray"] = measure_ray(given.model, digit_images(), given.ray_images, given.rounds, rule)
+        print(ray_text(found["ray"]))
     given.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     given.output.with_suffix(".md").write_text(as_text(results), encoding="utf-8")
 
 
-def digits(model: str) -> torch.Tensor:
-    """Return the test images of `examples/quickstart.py`, prepared."""
+def digit_images() -> list[Any]:
+    """Return the test images of `examples/quickstart.py`."""
     import sys
-
-    from transformers import AutoImageProcessor
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from quickstart import load_splits
 
+    return list(load_splits()["test"]["image"])
+
+
+def digits(model: str) -> torch.Tensor:
+    """Return the test images of `examples/quickstart.py`, prepared."""
+    from transformers import AutoImageProcessor
+
     processor = AutoImageProcessor.from_pretrained(model)
-    pixels: torch.Tensor = processor(list(load_splits()["test"]["image"]), return_tensors="pt")["pixel_values"]
+    pixels: torch.Tensor = processor(digit_images(), return_tensors="pt")["pixel_values"]
     return pixels
 
 
