@@ -30,4 +30,6 @@ class Classifier(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    litserve.LitServer(Classifier(enable_async=True), accelerator="cpu").run(host="127.0.0.1", port=8000)
+    litserve.LitServer(Classifier(enable_async=True), accelerator="cpu").run(
+        host="127.0.0.1", port=int(os.environ.get("PORT", "8000")), generate_client_file=False
+    )

@@ -1,6 +1,7 @@
 """Classify a table of Spark: `spark-submit examples/serving/spark_udf.py runs/photos photos answers`. Needs `pyspark`.
 
-Each Python worker loads the network once; every stage runs full batches of what Spark hands over.
+Each Python worker loads the network once; every stage runs full batches of what Spark hands over. What is no image
+gets an empty label, the exit -1 and no confidence.
 """
 
 import sys

@@ -2,12 +2,18 @@
 
 import asyncio
 import importlib.util
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
+import httpx
 import onnxruntime
 import pytest
 
@@ -50,6 +56,38 @@ def test_litserve(checkpoint, pictures, monkeypatch):
         return answers
 
     assert asyncio.run(ask_all()) == expected_answers(checkpoint, pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_litserve_as_a_process(checkpoint, pictures, tmp_path):
+    pytest.importorskip("litserve")
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MODEL": str(checkpoint), "PORT": str(port)}
+    command = [sys.executable, str(EXAMPLES / "litserve_app.py")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600  # imports, on a busy machine
+        while not answers(url):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            assert time.monotonic() < end, "the server does not start"
+            time.sleep(0.2)
+        given = [{"image": in_base64(content)} for content in pictures]
+        found = [httpx.post(f"{url}/predict", json=one, timeout=60).json() for one in given]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with the worker that it started
+        process.wait()
+    assert found == expected_answers(checkpoint, pictures)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 class Tensor:
@@ -136,6 +174,7 @@ def test_spark(checkpoint, pictures, monkeypatch):
     finally:
         spark.stop()
     found = {int(row["path"]): row.asDict() for row in rows}
-    assert (found[12]["label"], found[12]["exit_index"], np.isnan(found[12]["confidence"])) == ("", -1, True)
+    # Spark reads the NaN of pandas as null.
+    assert (found[12]["label"], found[12]["exit_index"], found[12]["confidence"]) == ("", -1, None)
     for number, one in enumerate(expected_answers(checkpoint, pictures)):
         assert {name: found[number][name] for name in one} == one

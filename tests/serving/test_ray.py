@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -22,7 +23,7 @@ import hf_scan
 from hf_scan.ray import ScanPredictor, written_ids
 from hf_scan.serving import AsyncEngine
 
-from .conftest import FakeExport, image
+from .conftest import NUM_LABELS, FakeExport, image
 from .test_server import expected_answers, picture
 
 
@@ -216,25 +217,38 @@ def test_killed_actors_lose_no_row(ray_, checkpoint, pictures, expected, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_example_resumes(ray_, folder, checkpoint, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["images", "parquet"])
+def test_the_example_resumes(ray_, kind, checkpoint, pictures, expected, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import ray_batch
 
-    given = ["--model", str(checkpoint), "--input", str(folder), "--output", str(tmp_path / "answers")]
-    monkeypatch.setattr(sys, "argv", ["ray_batch.py", *given, "--actors", "1"])
-    moved = folder / "3.png"
-    moved.rename(tmp_path / "3.png")
+    source, output = tmp_path / "source", tmp_path / "answers"
+    source.mkdir()
+    rows = [*zip(expected, pictures), ("broken.png", b"none")]
+
+    def write(name: str, some: list[tuple[str, bytes]]) -> None:
+        if kind == "parquet":
+            pq.write_table(
+                pa.table({"id": [row[0] for row in some], "image": [row[1] for row in some]}), source / name
+            )
+        else:
+            for path, content in some:
+                (source / path).write_bytes(content)
+
+    given = ["--model", str(checkpoint), "--input", str(source), "--output", str(output), "--actors", "1"]
+    monkeypatch.setattr(sys, "argv", ["ray_batch.py", *given])
+    write("1.parquet", rows[:-3])
     ray_batch.main()
-    assert len(pq.read_table(tmp_path / "answers")) == len(expected) - 1
-    (tmp_path / "3.png").rename(moved)
-    (folder / "broken.png").write_bytes(b"none")
-    files = set((tmp_path / "answers").iterdir())
+    assert len(pq.read_table(output)) == len(rows) - 3
+    files = set(output.iterdir())
+    write("2.parquet", rows[-3:])
     ray_batch.main()
-    rows = pq.read_table(tmp_path / "answers").to_pylist()
-    (broken,) = (row for row in rows if row["id"].endswith("broken.png"))
+    answers = pq.read_table(output).to_pylist()
+    (broken,) = (row for row in answers if row["id"].endswith("broken.png"))
     assert (broken["label"], broken["exit_index"]) == ("", -1)
-    assert by_name([row for row in rows if row != broken]) == expected
-    assert files < set((tmp_path / "answers").iterdir())
+    assert by_name([row for row in answers if row != broken]) == expected
+    added = set(output.iterdir()) - files
+    assert sum(len(pq.read_table(file)) for file in added) == 3  # and what was there is as it was
 
 
 @pytest.mark.slow
@@ -277,3 +291,95 @@ def test_an_easy_request_overtakes_a_hard_one(ray_, monkeypatch):
     labels = [easy["label"], *(one.result(timeout_s=120)["label"] for one in (hard, *another))]
     serve.shutdown()
     assert labels == ["label 2", "label 1", "label 3", "label 4"]
+
+
+def fake_classifier(folder: Path, **settings) -> type:
+    """The class of the deployment, over a fake network. Each replica leaves its process in the folder."""
+    import ray_serve
+
+    class Fake(ray_serve.Classifier.func_or_class):
+        def __init__(self):
+            (folder / f"{os.getpid()}.replica").touch()
+            self.engine = AsyncEngine(FakeExport(), **settings)
+            self.read = lambda content: image(*map(int, content.split()))
+
+        async def __call__(self, given):
+            if given == b"die" and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await super().__call__(b"0 0" if given == b"die" else given)
+
+    return Fake
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_requests_of_which_some_were_in_a_killed_replica(ray_, tmp_path, monkeypatch):
+    """With callers that give up and images that cannot be run. Who was in the replica that died asks again."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from ray import serve
+
+    count, callers, rng = 10_000, 100, random.Random(0)
+    ends: dict[int, list[str]] = {number: [] for number in range(count)}
+    again: list[int] = []
+
+    async def ask(handle, number: int, content: bytes, gives_up: bool) -> str:
+        response = handle.remote(content)
+        if gives_up:
+            await asyncio.sleep(rng.random() / 100)
+            response.cancel()
+        try:
+            answer = await response
+        except (asyncio.CancelledError, serve.exceptions.RequestCancelledError):
+            return "cancelled" if gives_up else "wrongly cancelled"
+        except ray_.exceptions.RayActorError:
+            again.append(number)
+            return await ask(handle, number, content, gives_up)
+        if "error" in answer:
+            return "failed" if content.startswith(b"-1") else "wrongly failed"
+        return "right" if answer["label"] == f"label {number % NUM_LABELS}" else "wrong"
+
+    async def caller(handle, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            depth = -1 if rng.random() < 0.002 else rng.randrange(3)
+            content = b"die" if number == 3000 else f"{depth} {number % NUM_LABELS}".encode()
+            ends[number].append(await ask(handle, number, content, number != 3000 and rng.random() < 0.1))
+
+    async def ask_all(handle) -> None:
+        numbers = iter(range(count))
+        await asyncio.gather(*(caller(handle, numbers) for _ in range(callers)))
+
+    classifier = fake_classifier(tmp_path, batch_size=32, max_wait_ms=1)
+    serve.start(http_options={"location": "NoServer"})
+    deployment = serve.deployment(max_ongoing_requests=64, num_replicas=2)(classifier)
+    asyncio.run(ask_all(serve.run(deployment.bind(), route_prefix=None)))
+    serve.shutdown()
+    assert {len(end) for end in ends.values()} == {1}
+    assert {end[0] for end in ends.values()} == {"right", "failed", "cancelled"}
+    assert ends[3000] == ["right"]
+    assert 3000 in again
+    assert len(list(tmp_path.glob("*.replica"))) >= 2
+
+
+@pytest.mark.slow
+def test_replicas_are_added_under_load(ray_, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import ray_serve
+    from ray import serve
+
+    settings = ray_serve.Classifier._deployment_config.autoscaling_config
+    assert (settings.min_replicas, settings.max_replicas) == (1, 8)
+    quick = {"target_ongoing_requests": 2, "upscale_delay_s": 0.1, "metrics_interval_s": 0.1, "max_replicas": 2}
+    deployment = serve.deployment(max_ongoing_requests=64, autoscaling_config=quick)(
+        fake_classifier(tmp_path, batch_size=64, max_wait_ms=3_600_000)
+    )
+    serve.start(http_options={"location": "NoServer"})
+    handle = serve.run(deployment.bind(), route_prefix=None)
+    waiting = [handle.remote(b"0 1") for _ in range(16)]  # which no batch takes
+    end = time.monotonic() + 300
+    while len(list(tmp_path.glob("*.replica"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    for one in waiting:
+        one.cancel()
+    serve.shutdown()
+    assert len(list(tmp_path.glob("*.replica"))) == 2
