@@ -11,15 +11,12 @@ first images, each contender in turns, medians over rounds. Writes a table, a pl
 `pip install earlyon`.
 """
 
-# ruff: noqa: E402 (the environment is set before anything else is imported)
-
 import argparse
 import copy
 import ctypes
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -31,16 +28,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tuned import TUNING, restart_tuned
 
-# Read when a process starts, and when PyTorch is imported: glibc keeps the memory that a batch takes for the next one,
-# and the compiler lays weights out beforehand. Both make the plain network faster, too.
-TUNING = {
-    "MALLOC_TRIM_THRESHOLD_": "1000000000",
-    "MALLOC_MMAP_THRESHOLD_": "1000000000",
-    "TORCHINDUCTOR_FREEZING": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in TUNING.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING})
+
+if __name__ == "__main__":
+    restart_tuned()
 
 import matplotlib
 

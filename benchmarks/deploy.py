@@ -17,14 +17,11 @@ thresholds, so that a call goes on where the one before stopped; `--stop_before`
 every setting as soon as it is measured; `--table` prints it for the documentation.
 """
 
-# ruff: noqa: E402 (the environment is set before anything else is imported)
-
 import argparse
 import copy
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -33,15 +30,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tuned import TUNING, restart_tuned
 
-# As in adaptive.py: both make the plain network faster, too.
-TUNING = {
-    "MALLOC_TRIM_THRESHOLD_": "1000000000",
-    "MALLOC_MMAP_THRESHOLD_": "1000000000",
-    "TORCHINDUCTOR_FREEZING": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in TUNING.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING})
+
+if __name__ == "__main__":
+    restart_tuned()
 
 import numpy as np
 import onnxruntime

@@ -14,8 +14,6 @@ process CPU time for one thread, as in deploy.py. The twin has the backbone's gr
 exported backbone. Rows of the same network, runtime, batch size, threads and drop are replaced.
 """
 
-# ruff: noqa: E402 (the environment is set before anything else is imported)
-
 import argparse
 import json
 import os
@@ -26,14 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tuned import restart_tuned
 
-TUNING = {
-    "MALLOC_TRIM_THRESHOLD_": "1000000000",
-    "MALLOC_MMAP_THRESHOLD_": "1000000000",
-    "TORCHINDUCTOR_FREEZING": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in TUNING.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNING})
+
+if __name__ == "__main__":
+    restart_tuned()
 
 import numpy as np
 import torch
