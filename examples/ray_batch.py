@@ -17,10 +17,15 @@ from ray.data import SaveMode
 from hf_scan.ray import ScanPredictor, skip_written
 
 
+# Rows that an actor is given at a time. Ray reads a small file as one block, which one actor would answer alone.
+ROWS_EACH = 1024
+
+
 def read(folder: str, image_column: str, id_column: str) -> tuple[Any, str, str]:
     """Return the images, and the names of the columns of images and ids."""
     if any(Path(folder).glob("*.parquet")):
-        return ray.data.read_parquet(folder, columns=[id_column, image_column]), image_column, id_column
+        rows = ray.data.read_parquet(folder, columns=[id_column, image_column])
+        return rows.repartition(target_num_rows_per_block=ROWS_EACH), image_column, id_column
     endings = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"]
     return ray.data.read_binary_files(folder, include_paths=True, file_extensions=endings), "bytes", "path"
 
