@@ -29,6 +29,7 @@ from .candidates import candidates_of, keep_exits, left_out, network_of, with_ca
 from .part_costs import PartCosts, costs_of_parts
 from .placement import Problem, place_exits
 from .recipes import HEADS_RECIPE
+from .time_left import TrainingProgress
 from .verdict import Verdict, verdict_of_search
 
 
@@ -184,8 +185,8 @@ def search_exits(
 
     >>> model = ScanForImageClassification(ScanConfig(backbone="cifar_resnet20", num_labels=2))
     >>> images = [{"pixel_values": torch.rand(3, 32, 32), "labels": index % 2} for index in range(60)]
-    >>> found = search_exits(model, images, max_exits=1, num_epochs=1, use_cpu=True, disable_tqdm=True)
-    {...}
+    >>> found = search_exits(model, images, max_exits=1, num_epochs=1, use_cpu=True)
+          epoch 1 of 1: loss ...
     >>> len(found.exit_points) <= 1, found.verdict.answer in ("pays", "may pay", "does not pay")
     (True, True)
     ```
@@ -201,10 +202,15 @@ def search_exits(
     wide = wide_network(model, max_exits, exit_points, seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output_dir or scratch)
-        settings = {"num_train_epochs": num_epochs, "per_device_train_batch_size": batch_size, "seed": seed}
+        settings: dict[str, Any] = {
+            "num_train_epochs": num_epochs,
+            "per_device_train_batch_size": batch_size,
+            "seed": seed,
+        }
         # Of a module of the user's own, no checkpoint can be saved.
         resumable = output_dir is not None and model.config.backbone_source != "custom"
-        train_candidates(wide, splits["train"], folder, resumable, **{**settings, **training_arguments})
+        settings |= training_arguments
+        train_candidates(wide, splits["train"], folder, resumable, TrainingProgress(), **settings)
     wide.eval()
     table = collect_exit_logits(wide, splits["search"], "search")
     if isinstance(costs, str):

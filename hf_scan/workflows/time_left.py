@@ -143,17 +143,18 @@ class TrainingProgress(TrainerCallback):
     A bar of one line for a training, and after each epoch a line with the loss and the time that is left of the run.
 
     Args:
-        left ([`TimeLeft`]): Of the run.
-        step (`str`): The step that trains.
+        left ([`TimeLeft`], *optional*): Of the run, where that has other steps.
+        step (`str`, *optional*): The step that trains.
     """
 
-    def __init__(self, left: TimeLeft, step: str) -> None:
+    def __init__(self, left: TimeLeft | None = None, step: str = "") -> None:
         self.left, self.step = left, step
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.start, self.first = time.monotonic(), state.global_step
-        self.left.skip(self.step, state.global_step / max(1, state.max_steps))  # of a run that goes on
+        if self.left is not None:  # a training that goes on
+            self.left.skip(self.step, state.global_step / max(1, state.max_steps))
         layout = "      {percentage:3.0f}% {bar:30} {n_fmt} of {total_fmt} batches, {remaining} to go"
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, leave=False, bar_format=layout)
 
@@ -165,11 +166,12 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        done = (state.global_step - self.first) / max(1, state.max_steps - self.first)
-        left = f"{self.left.text(self.step, done, time.monotonic() - self.start)} left in all"
-        epochs = f"epoch {state.epoch or 0:g} of {args.num_train_epochs:g}"
+        line = f"epoch {state.epoch or 0:g} of {args.num_train_epochs:g}: loss {float(logs['loss']):.3f}"
+        if self.left is not None:
+            done = (state.global_step - self.first) / max(1, state.max_steps - self.first)
+            line += f", {self.left.text(self.step, done, time.monotonic() - self.start)} left in all"
         self.bar.clear()
-        print(f"      {epochs}: loss {float(logs['loss']):.3f}, {left}", flush=True)
+        print(f"      {line}", flush=True)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.bar.close()
