@@ -259,10 +259,10 @@ class ScanConfig(PreTrainedConfig):
             the backbone's own classifier and is not listed. Defaults to every tap but the last, without those whose
             map is more than 8 times finer than the last one's; on a network whose maps are all of one size, to a
             quarter, half and three quarters of the depth.
-        attention_type (`str`, *optional*, defaults to `"separable"`):
-            Attention module of each early exit: `"conv"` (the paper's), `"separable"` (cheap: a mask at half the
-            resolution, enlarged bilinearly), `"nearest"` (the same, enlarged by repeating values, which ONNX Runtime
-            does in the layout of its convolutions) or `"none"`.
+        attention_type (`str`, *optional*, defaults to `"nearest"`):
+            Attention module of each early exit: `"conv"` (the paper's), `"nearest"` (cheap: a mask at half the
+            resolution, enlarged by repeating values, which ONNX Runtime does in the layout of its convolutions),
+            `"separable"` (the same, enlarged bilinearly) or `"none"`.
         classifier_type (`str`, *optional*, defaults to `"separable"`):
             Shallow classifier of each early exit: `"conv"` (the paper's), `"chain"` (attention and classifier see the
             feature at `head_width` and at most four times the deepest map's height and width; two or more separable
@@ -312,7 +312,7 @@ class ScanConfig(PreTrainedConfig):
     backbone_source: Literal["timm", "torchvision", "transformers", "custom"] = "timm"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     exit_points: list[int | str] | None = None
-    attention_type: Literal["separable", "nearest", "conv", "none"] = "separable"
+    attention_type: Literal["separable", "nearest", "conv", "none"] = "nearest"
     classifier_type: Literal["separable", "chain", "conv"] = "separable"
     head_width: int | list[int] | None = None
     truncated: bool = False

@@ -276,7 +276,7 @@ class ExitHead(nn.Module):
         stride: int,
         feature_size: int,
         num_labels: int,
-        attention_type: str = "separable",
+        attention_type: str = "nearest",
         classifier_type: str = "separable",
         head_width: int = NARROWEST_HEAD,
     ) -> None:

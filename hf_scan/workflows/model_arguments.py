@@ -37,7 +37,7 @@ class ModelArguments:
     exit_points: list[str] | None = field(
         default=None, metadata={"help": "Modules to exit after: names, or indices of taps."}
     )
-    attention_type: str = field(default="separable", metadata={"help": "'separable', 'nearest', 'conv' or 'none'."})
+    attention_type: str = field(default="nearest", metadata={"help": "'nearest', 'separable', 'conv' or 'none'."})
     classifier_type: str = field(default="separable", metadata={"help": "'separable', 'chain' or 'conv'."})
     batch_norm_momentum: float | None = field(
         default=None,
