@@ -223,12 +223,9 @@ def measure_onnx_runtime(
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
         print("ONNX Runtime is not measured; `pip install 'hf_scan[onnx]'` adds it")
         return []
-    import onnxruntime
+    from hf_scan.runtime import ORTScanForImageClassification, threaded_options
 
-    from hf_scan.runtime import ORTScanForImageClassification
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options = threaded_options(torch.get_num_threads())
     images = images.cpu().contiguous()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

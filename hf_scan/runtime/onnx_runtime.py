@@ -21,33 +21,30 @@ class ORTSessions(Sessions):
         folder (`Path`): The export.
         manifest ([`Manifest`]): The manifest of the export, whose files have been checked.
         providers (`list[tuple[str, dict]]`): Execution providers with their options, in order of preference.
-        options (`onnxruntime.SessionOptions`, *optional*): Options of every session.
+        options (`onnxruntime.SessionOptions`, *optional*): Options of every session. Defaults to [`threaded_options`]
+            with a thread for each core.
     """
 
     def __init__(
         self, folder: Path, manifest: Manifest, providers: list[tuple[str, dict[str, Any]]], options: Any = None
     ) -> None:
         super().__init__(folder, manifest)
-        self.providers, self.options = providers, options
+        self.providers = providers
+        self.options = threaded_options(available_cores()) if options is None else options
 
     @property
     def threads(self) -> int:
         """Number of threads of each session: one per core, unless the options name another."""
-        given = _SHARED_POOL or (0 if self.options is None else self.options.intra_op_num_threads)
-        return given or available_cores()
+        return _SHARED_POOL or self.options.intra_op_num_threads or available_cores()
 
     def _open(self, name: str) -> Any:
-        options = self.options
-        if options is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
         if _SHARED_POOL:
-            options.use_per_session_threads = False
+            self.options.use_per_session_threads = False
         check_weights_beside(self.folder / name)
         try:
             return onnxruntime.InferenceSession(
                 self.folder / name,
-                options,
+                self.options,
                 providers=[one for one, _ in self.providers],
                 provider_options=[settings for _, settings in self.providers],
             )
@@ -109,6 +106,8 @@ class ORTScanForImageClassification(ExportedScan):
             providers (`Sequence`, *optional*): Several providers in order of preference, in place of `provider`.
             provider_options (`dict`, *optional*): Options of `provider`.
             session_options (`onnxruntime.SessionOptions`, *optional*): Options of every session, such as the threads.
+                Defaults to [`~hf_scan.runtime.threaded_options`] with a thread for each core: ONNX Runtime's own
+                threads spin while they wait, and those of one stage would take the cores from the next.
             subfolder (`str`, *optional*): A folder in it, such as `"int8"`.
             exit_config (*optional*): Used instead of the folder's `exit_config.json`.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub, and, with `export=True`, the

@@ -59,15 +59,12 @@ def _load_checkpoint(name: str, threads: int | None) -> Any:
 
 
 def _load_export(name: str, threads: int | None) -> Any:
-    options = None
-    if threads is not None:
-        options = import_module("onnxruntime").SessionOptions()
-        options.intra_op_num_threads = threads
-    engine = import_module("hf_scan.runtime").ORTScanForImageClassification
+    runtime = import_module("hf_scan.runtime")
+    options = None if threads is None else runtime.threaded_options(threads)
     scratch = tempfile.TemporaryDirectory(prefix="hf_scan-serve-")
     # ONNX Runtime maps the weights of a file, and opens graphs as they are needed.
     folder = Path(shutil.copytree(name, Path(scratch.name, "model")))
-    model = engine.from_pretrained(folder, session_options=options)
+    model = runtime.ORTScanForImageClassification.from_pretrained(folder, session_options=options)
     model.open_sessions()
     model._scratch = scratch  # which lives as long as the engine
     return model

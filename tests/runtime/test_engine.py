@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -19,6 +20,7 @@ from hf_scan import ExitConfig, ExitMonitor, apply_exit_rule, calibrate, measure
 from hf_scan.runtime import ORTScanForImageClassification, OVScanForImageClassification, threaded_options
 from hf_scan.runtime.manifest import Manifest
 from hf_scan.runtime.numpy_rule import plan_steps
+from hf_scan.runtime.sessions import available_cores
 
 from ..conftest import random_scan_model
 from ..model.test_adaptive import policies, rule_by_hand
@@ -168,6 +170,17 @@ print(sorted(REFUSED & set(sys.modules)), engine.config.num_labels)
     assert json.loads(exits) == engine.predict_adaptive(images.numpy(), thresholds=[0.5] * 3).exit_index.tolist()
     assert streamed == exits
     assert loaded == "[] 5"
+
+
+def test_threads_of_one_session_leave_the_cores_to_the_next(exported):
+    """ONNX Runtime's own spin for a while after each run, when it is the turn of another stage."""
+    engine = ORTScanForImageClassification.from_pretrained(exported)
+    options = engine._sessions["plain.onnx"].get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == engine.threads == available_cores()
+    own = onnxruntime.SessionOptions()
+    own.intra_op_num_threads = 3
+    assert ORTScanForImageClassification.from_pretrained(exported, session_options=own).threads == 3
 
 
 @pytest.mark.parametrize(
