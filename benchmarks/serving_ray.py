@@ -126,7 +126,8 @@ def _two_actors(model: str, folder: str, rule: dict[str, Any]) -> Ends:
     # The actors find this module, and nobody else talks to this Ray.
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ.update(environment, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(environment)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # which Ray reads once in a process
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as sockets lie in it
     # Four CPUs are logical: with two, two actors leave none for reading.
     ray.init(num_cpus=CORES + 2, include_dashboard=False, log_to_driver=False, _temp_dir=place)
