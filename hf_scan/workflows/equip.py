@@ -43,7 +43,7 @@ from .verdict import NOTHING
 
 
 STEPS = "steps"
-RUNTIME_NAMES = {"onnx": "ONNX Runtime", "pytorch": "PyTorch"}
+RUNTIME_NAMES = {"onnx": "ONNX Runtime", "pytorch": "PyTorch", "macs": "MACs"}
 # Images that the speed-up is measured on; each round runs all of them.
 TIMED_IMAGES = 100
 # Of the heads' learning rate, where the backbone is trained with them: its weights are good already.
