@@ -429,6 +429,7 @@ if __name__ == "__main__":
     parser.add_argument("--dataset_name", help="what the model was trained on; the quickstart's digits otherwise")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
+    parser.add_argument("--holdout", type=float, help="share of the train images that its run held out")
     parser.add_argument("--drops", type=float, nargs="+", default=[0.0, 1.0], help="points that may be lost")
     parser.add_argument("--batch_sizes", type=int, nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--threads", type=int, default=1)
