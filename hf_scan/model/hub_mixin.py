@@ -182,7 +182,13 @@ class HubMixin(PreTrainedModel):
         given = isinstance(exit_config, (ExitConfig, dict))
         model.exit_config = of_these_weights(as_exit_config(found), model, weights, changed and not given)
         if model.exit_config.thresholds is not None:
-            model.exit_config.resolve(model.num_exits)
+            try:
+                model.exit_config.resolve(model.num_exits)
+            except ValueError as error:
+                if given or name is None:
+                    raise
+                file = exit_config if isinstance(exit_config, str) else EXIT_CONFIG_NAME
+                raise ValueError(f"{file} of {name} is of another network: {error}") from error
         return model, info
 
     @classmethod

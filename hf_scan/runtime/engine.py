@@ -13,7 +13,7 @@ import numpy as np
 
 from ..model.problem_type import for_problem
 from ..model.provenance import join_trained_on
-from .loading import download, read_config, read_exit_config
+from .loading import EXIT_CONFIG_NAME, download, read_config, read_exit_config
 from .manifest import ONNX_FOLDER, Manifest
 from .numpy_rule import AdaptiveAnswer, ExitSettings, Step, confidence_of, plan_steps
 from .routing import Group, answer_with_fallback, check_finite, run_batch
@@ -102,10 +102,16 @@ class ExportedScan:
         manifest = Manifest.load(folder / ONNX_FOLDER)
         config = read_config(folder, manifest)
         recorded = read_exit_config(folder)
-        exit_config = recorded if exit_config is None else _with_provenance(exit_config, recorded)
+        given = exit_config is not None
+        exit_config = _with_provenance(exit_config, recorded) if given else recorded
         exit_config = for_problem(exit_config, config.problem_type)
         if exit_config.thresholds is not None:
-            exit_config.resolve(manifest.num_exits)
+            try:
+                exit_config.resolve(manifest.num_exits)
+            except ValueError as error:
+                if given:
+                    raise
+                raise ValueError(f"{EXIT_CONFIG_NAME} of {folder} is of another network: {error}") from error
         return cls(folder, manifest, config, exit_config, sessions(folder, manifest))
 
     @classmethod

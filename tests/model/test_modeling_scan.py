@@ -182,8 +182,11 @@ def test_exit_config_of_another_network_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
     random_scan_model().save_pretrained(tmp_path)
     ExitConfig(thresholds=[0.5] * 9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds 9 numbers and the network has 3 exits"):
-        ScanForImageClassification.from_pretrained(tmp_path)
+    ExitConfig(thresholds=[]).save_pretrained(tmp_path, "exit_config_none.json")
+    for name, count in ((None, 9), ("exit_config_none.json", 0)):
+        file = name or "exit_config.json"
+        with pytest.raises(ValueError, match=rf"^{file} of .* holds {count} numbers and the network has 3 exits"):
+            ScanForImageClassification.from_pretrained(tmp_path, exit_config=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -172,6 +172,13 @@ print(sorted(REFUSED & set(sys.modules)), engine.config.num_labels)
     assert loaded == "[] 5"
 
 
+def test_thresholds_of_another_network_name_their_file(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "export")
+    ExitConfig([0.5] * 4).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"^exit_config.json of .* holds 4 numbers"):
+        ORTScanForImageClassification.from_pretrained(folder)
+
+
 def test_threads_of_one_session_leave_the_cores_to_the_next(exported):
     """ONNX Runtime's own spin for a while after each run, when it is the turn of another stage."""
     engine = ORTScanForImageClassification.from_pretrained(exported)
