@@ -102,7 +102,10 @@ class NearestAttention(SeparableAttention):
     def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """Return the mask at the feature's height and width, which are twice its own or one less."""
         height, width = feature.shape[-2:]
-        return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)[..., :height, :width]
+        if all(isinstance(size, int) and size % 2 == 0 for size in (height, width)):
+            return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)
+        # An odd size repeats the same values as twice the mask's does, without a crop that costs as much again.
+        return nn.functional.interpolate(mask.sigmoid(), size=(height, width))
 
 
 class ConvClassifier(nn.Module):

@@ -97,8 +97,8 @@ class SelfDistillationLoss:
             distillation_scale (`float`, *optional*, defaults to 1.0):
                 Factor of the soft-label and hint terms, for a warm-up.
             sample_weights (`Sequence[torch.Tensor]`, *optional*):
-                One of shape `(batch_size,)` per exit: how much each sample counts in its label and soft-label terms,
-                which are weighted means. For one label an image.
+                One of shape `(batch_size,)` per exit, of mean 1 over the whole batch, of which this may be one
+                process's part: factors of the samples' label and soft-label terms. For one label an image.
 
         Raises:
             `ValueError`: if there are more or fewer weights than exits.
@@ -131,9 +131,8 @@ class SelfDistillationLoss:
     ) -> torch.Tensor:
         if weights is not None:
             each = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
-            # Labels that cross-entropy ignores count in no mean.
-            counted = weights * (labels >= 0) if labels.ndim == 1 else weights
-            return (counted * each).sum() / counted.sum()
+            # Labels that cross-entropy ignores, with a loss of 0, count in no mean.
+            return (weights * each).sum() / ((labels >= 0).sum() if labels.ndim == 1 else len(labels))
         if not self.multi_label:
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -144,7 +143,7 @@ class SelfDistillationLoss:
     ) -> torch.Tensor:
         if weights is not None:
             each = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
-            return (weights * each.sum(dim=-1)).sum() / weights.sum()
+            return (weights * each.sum(dim=-1)).mean()
         if not self.multi_label:
             softened = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
             return F.kl_div(*softened, reduction="batchmean", log_target=True)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import nn
 
 from ..model.exit_criteria import confidence_of
@@ -56,7 +57,7 @@ def separate_heads(optimizer: torch.optim.Optimizer, heads: nn.Module, learning_
             optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
-def survivor_weights(exit_logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def survivor_weights(exit_logits: Sequence[torch.Tensor], joined: bool = False) -> list[torch.Tensor]:
     """
     Return how much each sample counts at each exit: the more, the less confident the exits before it are, as samples
     that leave earlier never come there. The weight at exit i is the product of 1 - confidence over the exits before,
@@ -64,6 +65,8 @@ def survivor_weights(exit_logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
     Args:
         exit_logits (`Sequence[torch.Tensor]`): One of shape `(batch_size, num_labels)` per exit, shallow to deep.
+        joined (`bool`, *optional*, defaults to `False`): Whether all processes of a launcher call this together, and
+            the mean is that over all of their batches.
 
     Returns:
         `list[torch.Tensor]`: one of shape `(batch_size,)` per exit, without gradient, of mean 1.
@@ -80,13 +83,14 @@ def survivor_weights(exit_logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ([1.0, 1.0], [0.0, 2.0])
     ```
     """
-    survives = torch.ones_like(exit_logits[0][:, 0], dtype=torch.float32)
-    weights = []
-    for logits in exit_logits:
-        weights.append(survives / survives.mean())
+    survives = [torch.ones_like(exit_logits[0][:, 0], dtype=torch.float32)]
+    for logits in exit_logits[:-1]:
         # Not 0, which a confidence of 1.0 would give: a batch of such samples still has a mean.
-        survives = (survives * (1 - confidence_of(logits.detach().float()))).clamp(min=1e-9)
-    return weights
+        survives.append((survives[-1] * (1 - confidence_of(logits.detach().float()))).clamp(min=1e-9))
+    means = torch.stack([shares.mean() for shares in survives])
+    if joined:
+        means = reduce(means, reduction="mean")
+    return [shares / mean for shares, mean in zip(survives, means)]
 
 
 def _divided(exits: int, gradient: torch.Tensor) -> torch.Tensor:

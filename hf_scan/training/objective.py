@@ -94,7 +94,7 @@ class TrainingObjective:
             labels,
             self._teacher_logits(teacher, images, outputs),
             self.distillation_scale(state),
-            survivor_weights(outputs.exit_logits) if self.args.survivor_weighting else None,
+            survivor_weights(outputs.exit_logits, joined=training) if self.args.survivor_weighting else None,
         )
         if backbone_alone:
             deepest = f"exit_{len(outputs.exit_logits) - 1}_label_loss"

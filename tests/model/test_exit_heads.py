@@ -41,6 +41,14 @@ def test_attention_is_a_mask_between_0_and_1(attention, size):
     assert mask.std() > 0
 
 
+@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("height", range(1, 66))
+def test_a_mask_that_repeats_values_is_twice_the_smaller_one_cropped(height, width):
+    mask, feature = torch.randn(1, 2, (height + 1) // 2, width // 2), torch.empty(1, 2, height, width)
+    twice = mask.sigmoid().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(NearestAttention.fit(mask, feature), twice[..., :height, :width])
+
+
 @pytest.mark.parametrize("attention_type", ["conv", "separable", "nearest", "none"])
 @pytest.mark.parametrize("classifier_type", ["conv", "separable", "chain"])
 @pytest.mark.parametrize("channels", [16, 256])

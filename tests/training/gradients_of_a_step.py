@@ -2,6 +2,7 @@
 and averages of the weights."""
 
 import sys
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -34,7 +35,16 @@ def average_weights(output_dir: str, batch_size: int) -> None:
         torch.save(model.state_dict(), f"{output_dir}/averages.pt")
 
 
-def main(output_dir: str, expected_processes: int) -> None:
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "gradient_equilibrium": {"gradient_equilibrium": True},
+    "survivor_weighting": {"survivor_weighting": True},
+    "ensemble": {"distillation_teacher": "ensemble", "label_smoothing_factor": 0.1},
+}
+
+
+def gradients(output_dir: str, batch_size: int, **method: Any) -> dict[str, torch.Tensor]:
+    """Return by how much a step of gradient descent moves each parameter."""
     set_seed(0)
     model = random_scan_model()
     for module in model.modules():
@@ -44,7 +54,7 @@ def main(output_dir: str, expected_processes: int) -> None:
     args = ScanTrainingArguments(
         output_dir,
         max_steps=1,
-        per_device_train_batch_size=8 // expected_processes,
+        per_device_train_batch_size=batch_size,
         optim="sgd",
         learning_rate=1.0,
         lr_scheduler_type="constant",
@@ -52,14 +62,20 @@ def main(output_dir: str, expected_processes: int) -> None:
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        **method,
     )
-    assert args.world_size == expected_processes, args.world_size
     ScanTrainer(model, args, train_dataset=rows(8)).train()
-    if args.process_index == 0:
-        steps = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
-        torch.save(steps, f"{output_dir}/gradients.pt")
-    average_weights(output_dir, 8 // expected_processes)
-    state = PartialState()
+    return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def main(output_dir: str, expected_processes: int) -> None:
+    state = PartialState(cpu=True)
+    assert state.num_processes == expected_processes, state.num_processes
+    batch_size = 8 // expected_processes
+    found = {name: gradients(output_dir, batch_size, **method) for name, method in METHODS.items()}
+    if state.is_main_process:
+        torch.save(found, f"{output_dir}/gradients.pt")
+    average_weights(output_dir, batch_size)
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -61,10 +61,10 @@ def test_samples_that_leave_earlier_count_less():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weights_of_samples_repeat_them(smoothing):
-    """A sample of weight 2 counts as two samples of weight 1, in the labels' term and the teacher's."""
+    """A sample of twice the weight counts as two, in the labels' term and the teacher's."""
     loss = SelfDistillationLoss(hint_weight=0.0, label_smoothing=smoothing)
     logits, teacher, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 4, 0])
-    weighted = loss([logits, teacher], None, labels, sample_weights=[torch.tensor([1.0, 2.0, 1.0]), torch.ones(3)])
+    weighted = loss([logits, teacher], None, labels, sample_weights=[torch.tensor([0.75, 1.5, 0.75]), torch.ones(3)])
     again = torch.tensor([0, 1, 1, 2])
     repeated = loss([logits[again], teacher[again]], None, labels[again])
     for name in ("exit_0_label_loss", "exit_0_soft_label_loss"):
