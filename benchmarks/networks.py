@@ -140,13 +140,15 @@ def speedup(calls: list[Any], images: np.ndarray, batch_size: int, rounds: int, 
 
 
 def keep(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows, in place of earlier ones of the same settings."""
+    """Write rows, in place of earlier ones of the same settings. Networks stay in the order in which they came."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    order = list(dict.fromkeys(row["network"] for row in [*known, *rows]))
     new = {tuple(row[name] for name in SAME) for row in rows}
     kept = [row for row in known if tuple(row[name] for name in SAME) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps([*kept, *rows], indent=2) + "\n", encoding="utf-8")
+    found = sorted([*kept, *rows], key=lambda row: order.index(row["network"]))
+    scratch.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     scratch.replace(path)
 
 

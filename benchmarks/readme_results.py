@@ -2,10 +2,11 @@
 
     python benchmarks/readme_results.py           # write them
     python benchmarks/readme_results.py --check   # fail if one is not what the files say
+    python benchmarks/readme_results.py --equip runs/trashnet_equip runs/trashnet_equip_finetuned   # take these in
 
-The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone. The picture is an SVG
-written without a library, so that the same results give the same bytes, in colours that are readable on white and on
-black.
+The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone, and of `equip.json`, which
+holds what `hf-scan equip` wrote into folders that `--equip` names. The picture is an SVG written without a library, so
+that the same results give the same bytes, in colours that are readable on white and on black.
 """
 
 import argparse
@@ -16,12 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_scan.reporting.report import exit_table
+
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "results.svg"
 START, END = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
+EQUIP_START, EQUIP_END = "<!-- equip: written by benchmarks/readme_results.py -->", "<!-- end of equip -->"
 
 # Readable on white and on black, and told apart by colour-blind readers.
 GREY, COLOURS = "#7d8590", ("#2f81f7", "#d9730d", "#1a9f60", "#a371f7", "#cf5f8f")
@@ -119,21 +123,56 @@ def _text(place: str, text: str, anchor: str, right: float, down: float) -> str:
     return f'<text x="{x + right:.1f}" y="{y + down:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
-def expected(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A file with the table of these rows between its two comments."""
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    return f"{before}{START}\n{table(rows)}\n{END}{rest.split(END)[1]}"
+def equip_tables(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What each run of `hf-scan equip` printed in its end, and where."""
+    parts = []
+    for run in runs:
+        images = ", ".join(f"{count:,} {name}" for name, count in run["splits"].items())
+        parts.append(f"Backbone {run['recipe']['backbone']}; {images} images, seed {run['seed']}; {run['machine']}:")
+        parts.append(exit_table(run))
+        speedups = [f"{name} {value:.2f}x" for name, value in run["speedup"].items()]
+        parts.append(f"Speed-up {', '.join(speedups)}.")
+    return "\n\n".join(parts)
+
+
+def take_in(folders: Sequence[Path]) -> None:
+    """Keep what runs of `hf-scan equip` measured, without the folders of a machine."""
+    runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
+    kept = [
+        {name: run[name] for name in ("dataset", "splits", "seed", "machine", "recipe", "rows", "speedup")}
+        for run in runs
+    ]
+    (RESULTS / "equip.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def expected(text: str, written: str, start: str = START, end: str = END) -> str:
+    """A file's text with something written between two comments."""
+    before, rest = text.split(start)
+    return f"{before}{start}\n{written}\n{end}{rest.split(end)[1]}"
+
+
+def expected_files() -> dict[Path, str]:
+    """Return the text that each file should have."""
+    equipped = equip_tables(json.loads((RESULTS / "equip.json").read_text(encoding="utf-8")))
+    page = expected(PAGE.read_text(encoding="utf-8"), table(page_rows()))
+    return {
+        README: expected(README.read_text(encoding="utf-8"), table(load_rows())),
+        PAGE: expected(page, equipped, EQUIP_START, EQUIP_END),
+        PICTURE: picture(load_rows()),
+    }
 
 
 def main() -> int:
     """Write, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
-    check = parser.parse_args().check
-    rows = load_rows()
-    files = {README: expected(README, rows), PAGE: expected(PAGE, page_rows()), PICTURE: picture(rows)}
+    parser.add_argument("--equip", type=Path, nargs="+", help="folders of `hf-scan equip` whose figures are shown")
+    given = parser.parse_args()
+    if given.equip:
+        take_in(given.equip)
+    files = expected_files()
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    if check:
+    if given.check:
         print("\n".join(f"{path.relative_to(ROOT)} is not what the results say" for path in stale))
         return int(bool(stale))
     for path in stale:

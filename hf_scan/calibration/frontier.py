@@ -2,6 +2,7 @@
 """Find for each cost the policy with the highest accuracy: [`exact_frontier`]."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,21 +173,25 @@ def shared_threshold_frontier(confidences: np.ndarray, correct: np.ndarray, cost
     return Frontier.of(confidences, correct, costs, thresholds)
 
 
-def oracle_policy(correct: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
+def oracle_policy(correct: np.ndarray, costs: np.ndarray, accuracy: float | None = None) -> tuple[float, float]:
     """
     Return the upper bound on any policy: every sample exits at the first exit that is right, and at the first exit if
-    none is.
+    none is. Where less accuracy is enough, the samples that are most expensive to answer right exit at the first.
 
     Args:
         correct (`np.ndarray` of shape `(n, columns)`): Whether each answer is right.
         costs (`np.ndarray` of shape `(columns,)`): Cumulative cost of each answer.
+        accuracy (`float`, *optional*): What is enough, in [0, 1]. Defaults to the most that can be reached.
 
     Returns:
         `tuple[float, float]`: accuracy in [0, 1] and mean cost.
     """
     correct = np.asarray(correct)
     _, correct, costs = check_table(correct, correct, costs)
-    return float(correct.any(axis=1).mean()), float(costs[correct.argmax(axis=1)].mean())
+    further = np.sort((costs[correct.argmax(axis=1)] - costs[0])[correct.any(axis=1)])  # to answer right, not at once
+    most, at_once = len(further), int((further == 0).sum())
+    count = most if accuracy is None else min(most, max(at_once, math.ceil(accuracy * len(correct) - 1e-9)))
+    return count / len(correct), float(costs[0] + further[:count].sum() / len(correct))
 
 
 def possible_thresholds(scores: np.ndarray, low: float | None = None) -> np.ndarray:

@@ -44,7 +44,13 @@ PREPROCESSING_NAMES = {  # in `timm.data`
 }
 
 # Size limits for untrusted configurations.
-LARGEST = {"num_labels": 1_000_000, "head_width": 4_096, "num_channels": 4_096, "image_size": 16_384}
+LARGEST = {
+    "num_labels": 1_000_000,
+    "head_width": 4_096,
+    "head_feature_size": 4_096,
+    "num_channels": 4_096,
+    "image_size": 16_384,
+}
 LARGEST_ARGUMENT = 65_536
 MOST_EXITS = 256
 DEEPEST = 2_048  # blocks, in all stages together
@@ -272,6 +278,8 @@ class ScanConfig(PreTrainedConfig):
             Channels at which heads with `"chain"` and `"separable"` classifiers work: one number for all early exits,
             or one each. Defaults to 64; with `"chain"`, to what a tenth of the backbone's MACs pays for
             ([`~hf_scan.model.exit_heads.head_widths`]). The network fills in what it chose.
+        head_feature_size (`int`, *optional*, defaults to 256):
+            Width of the feature that the last layer of such a head reads, if the deepest exit's is not narrower.
         truncated (`bool`, *optional*, defaults to `False`):
             Whether the network ends at its one exit point, without what is behind it: a small static network, as
             [`~ScanForImageClassification.truncate`] makes it.
@@ -315,6 +323,7 @@ class ScanConfig(PreTrainedConfig):
     attention_type: Literal["separable", "nearest", "conv", "none"] = "nearest"
     classifier_type: Literal["separable", "chain", "conv"] = "separable"
     head_width: int | list[int] | None = None
+    head_feature_size: int = 256
     truncated: bool = False
     num_channels: int = 3
     image_size: int | None = None
@@ -346,6 +355,8 @@ class ScanConfig(PreTrainedConfig):
                 f"model_type {cls.model_type!r}. Load it with `AutoConfig` or `AutoModelForImageClassification`."
             )
         _check_labels(config_dict)  # before older versions of Transformers check their types in other words
+        if "head_width" in config_dict:  # of a network whose heads are there, and which may be older than this field
+            config_dict = {"head_feature_size": 512, **config_dict}
         return super().from_dict(config_dict, **kwargs)
 
 

@@ -102,10 +102,8 @@ class NearestAttention(SeparableAttention):
     def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """Return the mask at the feature's height and width, which are twice its own or one less."""
         height, width = feature.shape[-2:]
-        if all(isinstance(size, int) and size % 2 == 0 for size in (height, width)):
-            return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)
-        # An odd size repeats the same values as twice the mask's does, without a crop that costs as much again.
-        return nn.functional.interpolate(mask.sigmoid(), size=(height, width))
+        # Not enlarged to a size, which has the same values: ONNX Runtime cannot load that within many nested branches.
+        return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)[..., :height, :width]
 
 
 class ConvClassifier(nn.Module):
@@ -186,14 +184,12 @@ CLASSIFIER_TYPES: dict[str, Callable[..., ConvClassifier | SeparableClassifier]]
 NARROWEST_HEAD = 64
 
 
-# On a deepest feature of thousands of channels, the last layer of a cheap exit would cost more than all before it: in
-# parameters, and at batch size 1 in time.
-MAX_SEPARABLE_FEATURE_SIZE = 512
-
-
 # Of the backbone's MACs, for all early exits together.
 HEAD_BUDGET = 0.1
 HEAD_WIDTHS = (16, 32, 64, 128, 256)
+# On a deepest feature of thousands of channels, the last layers of a cheap exit would cost more than all before them:
+# in parameters, and at batch size 1 in time. They also learn from a few thousand images less well.
+HEAD_FEATURE_SIZE = 256
 
 
 def head_widths(
@@ -216,15 +212,15 @@ def head_widths(
     """
     given = config.head_width
     if given is None and config.classifier_type == "chain":
-        own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
+        counted_size = min(feature_size, 2 * HEAD_WIDTHS[-1])  # what features of less save is left to the last layers
         budget = HEAD_BUDGET * backbone_macs / max(1, len(channels))
-        widest = max(NARROWEST_HEAD, own_size // 2)
+        widest = max(NARROWEST_HEAD, counted_size // 2)
         found = []
         for number, stride in zip(channels, strides):
             fitting = [
                 width
                 for width in HEAD_WIDTHS
-                if width <= widest and _chain_macs(number, stride, width, own_size) <= budget
+                if width <= widest and _chain_macs(number, stride, width, counted_size) <= budget
             ]
             found.append(max(fitting, default=HEAD_WIDTHS[0]))
         return found
@@ -270,7 +266,7 @@ class ExitHead(nn.Module):
         stride (`int`): How many times finer its map is than the deepest one.
         feature_size (`int`): Width of the deepest feature.
         num_labels (`int`): Labels.
-        attention_type, classifier_type, head_width: as in [`ScanConfig`].
+        attention_type, classifier_type, head_width, head_feature_size: as in [`ScanConfig`].
     """
 
     def __init__(
@@ -282,6 +278,7 @@ class ExitHead(nn.Module):
         attention_type: str = "nearest",
         classifier_type: str = "separable",
         head_width: int = NARROWEST_HEAD,
+        head_feature_size: int = HEAD_FEATURE_SIZE,
     ) -> None:
         super().__init__()
         own_size = feature_size
@@ -290,7 +287,7 @@ class ExitHead(nn.Module):
             # A head is expensive on fine or wide maps, so all of it works at one width and on a map at most twice (a
             # chain: four times) as fine as the deepest one. The paper's classifier, too, reduces a fine map by one
             # large stride.
-            own_size = min(feature_size, MAX_SEPARABLE_FEATURE_SIZE)
+            own_size = min(feature_size, head_feature_size)
             patch = _patch_size(stride, classifier_type)
             if patch > 1:
                 self.squeeze.append(nn.Conv2d(channels, channels, patch, patch, groups=channels, bias=False))

@@ -168,6 +168,7 @@ class ScanForImageClassification(
                     attention_type=config.attention_type,
                     classifier_type=config.classifier_type,
                     head_width=width,
+                    head_feature_size=config.head_feature_size,
                 )
                 for stage, stride, width in zip(stages[:-1], strides, config.head_width)
             )

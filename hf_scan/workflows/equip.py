@@ -39,7 +39,7 @@ from .recipes import HEADS_RECIPE
 from .search_exits import ExitSearch, choose_exits, train_candidates, wide_network
 from .steps import Steps
 from .time_left import TimeLeft, TrainingProgress, expected_seconds, seconds_of_an_image
-from .verdict import NOTHING
+from .verdict import MORE_LOST, NOTHING
 
 
 STEPS = "steps"
@@ -381,7 +381,7 @@ class _Run:
             speedup=measured.speedup,
             runtime=f"{RUNTIME_NAMES[self.runtime]}, batch size {arguments.serve_batch_size}",
             output=arguments.output,
-            next_step=_next_step(arguments, search, measured),
+            next_step=_next_step(arguments, search, measured, plain_accuracy - scores["adaptive_accuracy"]),
         )
         self.write(model, engine, search, report, result)
         return result
@@ -474,11 +474,17 @@ def _load_step(backbone: nn.Module, file: Path) -> None:
         ) from error
 
 
-def _next_step(arguments: EquipArguments, search: ExitSearch, measured: RealisedSpeedup) -> str:
+def _next_step(arguments: EquipArguments, search: ExitSearch, measured: RealisedSpeedup, lost: float) -> str:
     if measured.speedup < NOTHING:
         return (
             f"exits do not pay here: {measured.speedup:.2f}x measured, where {search.speedup:.2f}x was expected. "
             "Deploy `model.backbone`, allow a larger `max_accuracy_drop`, or try `finetune`."
+        )
+    if 100 * lost > arguments.max_accuracy_drop + MORE_LOST:
+        return (
+            f"more was lost on the test images than the {arguments.max_accuracy_drop:g} points that thresholds may "
+            f"lose, as {len(search.table)} search images show so small a loss only roughly. Give more images or a "
+            "larger `holdout`, allow less, or set `guarantee`, which is certified."
         )
     return f"try it with `hf-scan predict {arguments.output} photo.jpg`; README.md there shows how to use it in code."
 

@@ -106,7 +106,7 @@ class Placement:
             thresholds, is made on four fifths of the samples and judged on the others, in turn.
         fitted_cost (`float`): The cost, in the same way.
         alone (`list[float]`): Of each candidate, the cost with no other exit beside it, at the same target.
-        oracle_cost (`float`): The cost if every sample left at the first of the chosen exits that is right.
+        oracle_cost (`float`): The least cost of the accuracy that was asked for, if one knew which answers are right.
     """
 
     exits: list[int]
@@ -156,7 +156,7 @@ def place_exits(problem: Problem, max_exits: int, max_accuracy_drop: float) -> P
         fitted_drop=100 * drop,
         fitted_cost=fitted_cost,
         alone=alone,
-        oracle_cost=oracle_policy(problem.correct[:, columns], problem.cumulative(exits))[1],
+        oracle_cost=oracle_policy(problem.correct[:, columns], problem.cumulative(exits), asked)[1],
     )
 
 

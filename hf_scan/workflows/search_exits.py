@@ -51,7 +51,7 @@ class ExitSearch:
         speedup (`float`): Expected of the chosen exits on other images, by cross-fitting, with heads trained as long
             as here: what exits bring at least.
         drop (`float`): Points lost against the plain network, in the same way.
-        oracle (`float`): The speed-up if each image left at the first of the chosen exits that is right.
+        oracle (`float`): The most that the chosen exits could bring at that drop, if one knew which answers are right.
         unit (`str`): What costs were counted or measured in.
         verdict ([`~hf_scan.workflows.verdict.Verdict`]): Whether exits pay.
         model ([`ScanForImageClassification`]): The network with all candidates, whose heads have been trained.

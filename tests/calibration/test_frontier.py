@@ -204,6 +204,20 @@ def test_nobody_beats_the_oracle():
     assert found.cost[found.accuracy >= accuracy - 1e-9].min(initial=np.inf) >= cost
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_at_no_accuracy_is_a_policy_cheaper_than_the_oracle(seed):
+    """Small enough to try every answer of every sample."""
+    rng = np.random.default_rng(seed)
+    correct, costs = rng.random((5, 3)) < 0.5, np.array([1.0, 1.5, 4.0])
+    answers = np.array(list(itertools.product(range(3), repeat=5)))
+    right = correct[np.arange(5), answers].mean(axis=1)
+    for asked in (0.0, 0.2, 0.5, 0.6, 0.99):
+        accuracy, cost = oracle_policy(correct, costs, asked)
+        reached = min(asked, right.max())
+        assert accuracy >= reached - 1e-9
+        assert cost == pytest.approx(costs[answers[right >= reached - 1e-9]].mean(axis=1).min())
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     n=st.integers(1, 40), columns=st.integers(2, 4), seed=st.integers(0, 10**6), distinct=st.sampled_from([3, 1000])

@@ -68,7 +68,7 @@ def test_config_of_another_model_type_is_refused(tmp_path):
         ScanConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["head_width", "num_channels", "image_size"])
+@pytest.mark.parametrize("field", ["head_width", "head_feature_size", "num_channels", "image_size"])
 def test_sizes_are_positive(field):
     with pytest.raises(ValueError, match=f"`{field}` is 0; expected a whole number of at least 1"):
         ScanConfig(**{field: 0})

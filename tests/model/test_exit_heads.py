@@ -129,6 +129,18 @@ def test_a_configuration_written_before_there_were_chains_gives_the_heads_of_the
     }
 
 
+def test_a_configuration_written_before_features_had_a_width_gives_those_of_then(tmp_path):
+    saved = {"backbone": "resnet50", "classifier_type": "chain", "head_width": [256, 256, 256], "model_type": "scan"}
+    with torch.device("meta"):
+        old = ScanForImageClassification(ScanConfig.from_dict(saved))
+        new = ScanForImageClassification(ScanConfig(backbone="resnet50", classifier_type="chain", head_width=256))
+        new.config.save_pretrained(tmp_path)
+        kept = ScanForImageClassification(ScanConfig.from_pretrained(tmp_path))
+    for model, width in ((old, 512), (new, 256), (kept, 256)):
+        assert [head.classifier.fc.in_features for head in model.exit_heads] == [width] * 3
+        assert [head.hint_projection.out_features for head in model.exit_heads] == [2048] * 3
+
+
 def test_a_saved_network_keeps_the_widths_that_were_chosen(tmp_path):
     config = ScanConfig(backbone="cifar_resnet20", num_labels=10, classifier_type="chain")
     model = ScanForImageClassification(config)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,3 +315,16 @@ def test_finetuning_trains_few_candidates_jointly_and_compares_with_the_network_
     accuracies = [float((table.deepest == table.labels).mean()) for table in (search, test)]
     target = json.loads((tmp_path / "run" / "exit_config.json").read_text())["search"]["min_accuracy"]
     assert (target, result.plain_accuracy) == (pytest.approx(accuracies[0] - 0.2), accuracies[1])
+
+
+def test_a_loss_on_the_test_images_that_was_not_allowed_is_said():
+    arguments = EquipArguments(model="cifar_resnet20", data="photos", output="runs/faster", max_accuracy_drop=0.5)
+    search = SimpleNamespace(table=range(400), speedup=1.5)
+    fast, slow = SimpleNamespace(speedup=1.6), SimpleNamespace(speedup=0.9)
+    assert module._next_step(arguments, search, fast, lost=0.012).startswith(
+        "try it with `hf-scan predict runs/faster"
+    )
+    said = module._next_step(arguments, search, fast, lost=0.021)
+    assert said.startswith("more was lost on the test images than the 0.5 points")
+    assert "400 search images" in said
+    assert module._next_step(arguments, search, slow, lost=0.021).startswith("exits do not pay here: 0.90x measured")
