@@ -100,7 +100,7 @@ def test_exit_features_lead_to_the_logits(model, images):
     assert {feature.shape for feature in wide(images[..., :8, :8], output_exit_features=True).exit_features} == {
         (24, 2048)
     }
-    assert wide.exit_heads[0].classifier.fc.in_features == 512
+    assert wide.exit_heads[0].classifier.fc.in_features == wide.config.head_feature_size == 256
 
 
 def test_attention_masks(model, images):
