@@ -111,8 +111,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     plain network's costs."""
     points = rows[0]["exit_points"]
     lines = [
-        f"| form | {' | '.join(points)} | mean | MACs a head | parameters |",
-        "|---|" + "---:|" * (len(points) + 3),
+        f"| form | {' | '.join(points)} | mean | MACs a head | parameters | time |",
+        "|---|" + "---:|" * (len(points) + 4),
     ]
     for form in dict.fromkeys(row["form"] for row in rows):
         runs = [row for row in rows if row["form"] == form]

@@ -102,7 +102,7 @@ class NearestAttention(SeparableAttention):
     def fit(mask: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         """Return the mask at the feature's height and width, which are twice its own or one less."""
         height, width = feature.shape[-2:]
-        # Not enlarged to a size, which has the same values: ONNX Runtime cannot load that within many nested branches.
+        # Not enlarged to a size, which has the same values: ONNX Runtime cannot load that within nested branches.
         return nn.functional.interpolate(mask.sigmoid(), scale_factor=2.0)[..., :height, :width]
 
 

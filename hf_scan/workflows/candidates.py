@@ -11,14 +11,18 @@ import torch
 from torch import nn
 
 from ..model.configuration_scan import ScanConfig
-from ..model.exit_heads import head_widths
+from ..model.exit_heads import HEAD_FEATURE_SIZE, head_widths
 from ..model.exit_places import find_places
 from ..model.modeling_scan import ScanForImageClassification
 
 
 # Heads that measured best for their cost on a frozen backbone (`benchmarks/head_forms.py`): as wide as a tenth of the
 # backbone's MACs pays for, and without attention, which took a third of their time and made none more accurate.
-HEADS: dict[str, Any] = {"classifier_type": "chain", "attention_type": "none"}
+HEADS: dict[str, Any] = {
+    "classifier_type": "chain",
+    "attention_type": "none",
+    "head_feature_size": HEAD_FEATURE_SIZE,  # whatever the heads have that these replace
+}
 # More exits than these are thinned out, evenly over the depth: neighbours hardly differ.
 MOST_CANDIDATES = 16
 # Maps that are more times finer than the last one cost too much to read and know too little.

@@ -55,14 +55,8 @@ KEYS = (
     *("model_type", "architectures", "num_labels", "return_dict", "use_return_dict", "output_hidden_states"),
     *("problem_type", "exit_points", "head_width", "image_size", "num_channels", "truncated", "label2id", "id2label"),
     *("output_attentions", "chunk_size_feed_forward", "tie_word_embeddings", "name_or_path", "_name_or_path"),
-    *(
-        "head_feature_size",
-        "transformers_weights",
-        "base_model_tp_plan",
-        "custom_pipelines",
-        "is_encoder_decoder",
-        "pruned_heads",
-    ),
+    *("transformers_weights", "base_model_tp_plan", "custom_pipelines", "is_encoder_decoder", "pruned_heads"),
+    "head_feature_size",
 )
 
 

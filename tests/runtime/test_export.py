@@ -117,8 +117,8 @@ def test_a_checkpoint_of_pytorch_is_exported_when_it_is_loaded(tmp_path, model, 
 
 
 def test_exits_inside_of_stages(tmp_path):
-    """The export compares itself with PyTorch, stage by stage."""
-    model = random_scan_model(exit_points=["layer2.1", "layer3.0"])
+    """The export compares itself with PyTorch, stage by stage. Masks are of maps of 5 x 5 pixels, which is odd."""
+    model = random_scan_model(exit_points=["layer2.1", "layer3.0"], image_size=20, classifier_type="chain")
     model.export_onnx(tmp_path / "onnx")
     engine = ORTScanForImageClassification.from_pretrained(tmp_path / "onnx")
     assert engine.num_exits == 3

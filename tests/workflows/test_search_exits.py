@@ -62,9 +62,10 @@ def test_every_block_is_a_candidate_or_is_named_with_the_reason():
 
 
 def test_heads_are_as_wide_as_if_there_were_few():
-    config = random_scan_model().config
+    config = random_scan_model(head_feature_size=48).config
     before = copy.deepcopy(config)
     points = ["layer1", "layer2"]
+    assert with_candidates(config, 1, points).head_feature_size == 256  # a new head, whatever the old ones were
     few = with_candidates(config, 1, points).head_width
     many = with_candidates(config, 16, points).head_width
     assert len(few) == len(many) == 2
