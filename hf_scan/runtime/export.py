@@ -262,6 +262,12 @@ def write_graphs(whole: "onnx.ModelProto", manifest: Manifest, rule: dict[str, A
             models[f"stage_{index}_without_head.onnx"] = graphs.cut(whole, inputs, handed_on, rows)
         inputs = handed_on
         rows = next((value["name"] for value in values if value["rows_per_image"] == 1), None)
+    maps = graphs.convolved(whole, (value["name"] for state in manifest.states for value in state))
+    for stage in models.values():
+        if manifest.precision == "float32":
+            graphs.enter_blocked_layout_once(stage)
+        else:
+            graphs.hand_on_channels_last(stage, maps)
     models["plain.onnx"] = graphs.cut(whole, [graphs.IMAGE], [f"logits_{last}"])
     manifest.adaptive = rule
     models["adaptive.onnx"] = nested(models, manifest)

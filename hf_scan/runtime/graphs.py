@@ -2,7 +2,8 @@
 """ONNX graphs: cut a network into stages, nest stages into one graph, and share weights between files."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ IMAGE = "pixel_values"
 OPSET = 20
 # Smaller tensors are shapes and scales, which ONNX Runtime needs in the graph itself.
 LEAST_SHARED_BYTES = 1024
+# Channels of a block on processors with AVX-512; elsewhere 8 or 16.
+BLOCK = 16
+# The axes of a map of the other layout.
+CHANNELS_LAST, CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -73,6 +78,74 @@ def _scale(before: int, after: int) -> np.float32:
     """Return the factor between two sizes, so that `floor(before * factor)`, which runtimes compute, is the second."""
     factor = np.float32(after / before)
     return factor if int(np.float32(before) * factor) == after else np.nextafter(factor, np.float32(np.inf))
+
+
+def enter_blocked_layout_once(stage: onnx.ModelProto) -> None:
+    """
+    Let a stage in float32 bring the map that it receives into the blocked layout of ONNX Runtime's convolutions once,
+    by a pooling of single pixels, which changes no value. A residual connection that reads the map as it comes stays
+    out of that layout otherwise, and so does every one behind it: each is added by itself, between changes of layout.
+
+    Args:
+        stage (`onnx.ModelProto`): The graph of a stage. Changed in place.
+    """
+    for value in stage.graph.input:
+        readers = [node for node in stage.graph.node if value.name in node.input and node.op_type != "Shape"]
+        if not {"Add", "Conv"} <= {node.op_type for node in readers}:
+            continue
+        if value.type.tensor_type.shape.dim[1].dim_value % BLOCK == 0:
+            blocked = f"{value.name}_blocked"
+            _rename(readers, value.name, blocked)
+            stage.graph.node.insert(0, helper.make_node("MaxPool", [value.name], [blocked], kernel_shape=[1, 1]))
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        for names in (node.input, node.output):
+            for position, name in enumerate(names):
+                if name == old:
+                    names[position] = new
+
+
+def convolved(whole: onnx.ModelProto, names: Iterable[str]) -> set[str]:
+    """
+    Return which values are maps that a convolution reads as they come, or as they are after `DequantizeLinear`.
+
+    Args:
+        whole (`onnx.ModelProto`): The network.
+        names (`Iterable[str]`): The values. Those that are there more than once are left out.
+    """
+    counts = Counter(names)
+    read = {
+        name: node.output[0] for node in whole.graph.node if node.op_type == "DequantizeLinear" for name in node.input
+    }
+    inputs = {node.input[0] for node in whole.graph.node if node.op_type == "Conv"}
+    return {name for name, count in counts.items() if count == 1 and {name, read.get(name)} & inputs}
+
+
+def hand_on_channels_last(stage: onnx.ModelProto, maps: Collection[str]) -> None:
+    """
+    Let a stage in 8 bits receive and hand on maps of shape `(batch_size, height, width, channels)`. That is the layout
+    in which ONNX Runtime computes convolutions of 8 bits. A stage changes it at both ends otherwise, and for every
+    residual connection behind one that reads the map as it comes.
+
+    Args:
+        stage (`onnx.ModelProto`): The graph of a stage. Changed in place.
+        maps (`Collection[str]`): The maps that stages hand on.
+    """
+    graph = stage.graph
+    for values, to_last in ((graph.input, False), (graph.output, True)):
+        for value in values:
+            if value.name not in maps:
+                continue
+            first = f"{value.name}_channels_first"
+            _rename(graph.node, value.name, first)
+            sizes = [value.type.tensor_type.shape.dim[axis] for axis in CHANNELS_LAST]
+            value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=sizes))
+            if to_last:
+                graph.node.append(helper.make_node("Transpose", [first], [value.name], perm=CHANNELS_LAST))
+            else:
+                graph.node.insert(0, helper.make_node("Transpose", [value.name], [first], perm=CHANNELS_FIRST))
 
 
 def cut(whole: onnx.ModelProto, inputs: list[str], outputs: list[str], rows: str | None = None) -> onnx.ModelProto:
@@ -382,4 +455,16 @@ def save_sharing_weights(models: dict[str, onnx.ModelProto], folder: Path) -> No
         onnx.save(model, folder / name)
 
 
-__all__ = ["IMAGE", "OPSET", "cut", "fix_resize_scales", "infer_shapes", "nest", "save_sharing_weights", "tensors_of"]
+__all__ = [
+    "IMAGE",
+    "OPSET",
+    "convolved",
+    "cut",
+    "enter_blocked_layout_once",
+    "fix_resize_scales",
+    "hand_on_channels_last",
+    "infer_shapes",
+    "nest",
+    "save_sharing_weights",
+    "tensors_of",
+]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_scan import ExitConfig, measure_costs
+from hf_scan import ExitConfig, ScanConfig, ScanForImageClassification, measure_costs
 from hf_scan.runtime import ExitSettings, ORTScanForImageClassification, compare, graphs, quantize
 from hf_scan.runtime.manifest import Manifest
 
@@ -253,17 +253,41 @@ def test_an_engine_keeps_what_its_weights_were_trained_on(engine, tmp_path):
         assert loaded.exit_config.trained_on == "1: ab"
 
 
+def optimised(path: Path, folder: Path) -> Counter[str]:
+    """Return how many nodes of each kind ONNX Runtime makes of a graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options)
+    graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def test_maps_stay_in_the_layout_of_convolutions(tmp_path):
+    """From one stage to the next, also where a residual connection reads the map as it comes from an exit."""
+    config = ScanConfig(backbone="cifar_resnet20", exit_points=["layer2.0"], attention_type="none", num_labels=2)
+    model, folder = ScanForImageClassification(config).eval(), tmp_path / "exported"
+    model.export_onnx(folder, calibration_dataset=torch.randn(8, 3, 32, 32))
+    names = ("plain", "stage_0_without_head", "stage_1")
+    plain, _, behind = (optimised(folder / "onnx" / f"{name}.onnx", tmp_path) for name in names)
+    if plain["ReorderOutput"]:  # on processors for which there is such a layout
+        assert behind["Add"] == plain["Add"] == 0
+        assert behind["ReorderInput"] == 1
+    plain, *stages = (optimised(folder / "int8" / "onnx" / f"{name}.onnx", tmp_path) for name in names)
+    assert sum(stage["Transpose"] for stage in stages) == plain["Transpose"]
+    # As the next stage reads it: an array, in which the images come first.
+    (state,) = Manifest.load(folder / "int8" / "onnx").states[0]
+    engine = ORTScanForImageClassification.from_pretrained(folder / "int8")
+    (handed_on,), _ = engine.run(0, [np.zeros((2, 3, 32, 32), dtype=np.float32)], head=False)
+    assert (handed_on.shape, handed_on.dtype.name) == ((2, 16, 16, 32), state["dtype"])
+
+
 def test_enlargements_stay_in_the_layout_of_convolutions(exported, tmp_path):
     """Bilinear ones too: their scales are numbers, so that ONNX Runtime needs neither `Resize` nor a batch size."""
     for index in range(2):
         graph = onnx.load(exported / "onnx" / f"stage_{index}.onnx", load_external_data=False)
         (resize,) = (node for node in graph.graph.node if node.op_type == "Resize")
         assert len(resize.input) == 3
-        options = onnxruntime.SessionOptions()
-        optimised = tmp_path / "optimised.onnx"
-        options.optimized_model_filepath = str(optimised)
-        onnxruntime.InferenceSession(exported / "onnx" / f"stage_{index}.onnx", options)
-        found = Counter(node.op_type for node in onnx.load(optimised, load_external_data=False).graph.node)
+        found = optimised(exported / "onnx" / f"stage_{index}.onnx", tmp_path)
         assert "Shape" not in found
         # On processors for which there is such a layout, and not in ONNX Runtime 1.23, the last for Python 3.10.
         if found["ReorderOutput"] and not version("onnxruntime").startswith("1.23."):
