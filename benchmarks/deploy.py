@@ -121,7 +121,14 @@ def kept_table(engine: Any, rows: Any, split: str, path: Path) -> ExitTable:
     return ExitTable.load(path)
 
 
-def find_points(engine: Any, table: ExitTable, drops: list[float], path: Path, threads: int) -> dict[str, Any]:
+def margin_of(folder: Path) -> float:
+    """Return the points that the choice of a network's exits needs, on the images that have chosen them."""
+    return float((ExitConfig.from_pretrained(folder).search or {}).get("accuracy_margin", 0.0))
+
+
+def find_points(
+    engine: Any, table: ExitTable, drops: list[float], margin: float, path: Path, threads: int
+) -> dict[str, Any]:
     """
     Return the fastest policies found by drop and batch size, read from a file if they have been found before.
 
@@ -129,6 +136,7 @@ def find_points(engine: Any, table: ExitTable, drops: list[float], path: Path, t
         engine: Its costs are measured, for batches up to the largest.
         table ([`ExitTable`]): The search split's.
         drops (`list[float]`): Points that may be lost against the engine's own plain network.
+        margin (`float`): Points that are kept above that.
         path (`Path`): The file.
         threads (`int`): With which costs are measured.
     """
@@ -142,9 +150,8 @@ def find_points(engine: Any, table: ExitTable, drops: list[float], path: Path, t
         points = []
         for fallback in ("ensemble", "deepest"):
             try:
-                points.append(
-                    calibrate(engine, table, min_accuracy=least - drop / 100, batch_size=size, fallback=fallback)
-                )
+                target = {"min_accuracy": least - drop / 100, "accuracy_margin": margin}
+                points.append(calibrate(engine, table, batch_size=size, fallback=fallback, **target))
             except ValueError as error:  # nothing reaches it
                 print(error)
         best = min(points, key=lambda point: point.search["cost"], default=None)
@@ -175,7 +182,8 @@ def exported_contenders(
         folder = scratch / key.replace(" ", "_")
         return deployed(runtime, engine, policy, folder, threads).predict_adaptive
 
-    points = find_points(engine, tables["search"], arguments.drops, scratch / f"points_{threads}.json", threads)
+    margin, path = margin_of(arguments.model), scratch / f"points_{threads}.json"
+    points = find_points(engine, tables["search"], arguments.drops, margin, path, threads)
     return adaptive_contenders(found, facts, points, tables["test"], call)
 
 
@@ -230,7 +238,7 @@ def pytorch_contenders(
         return found, {}
     path = arguments.work / f"points_{arguments.threads}.json"
     search = replace(tables["search"], model=fast.fingerprint())
-    points = find_points(fast, search, arguments.drops, path, arguments.threads)
+    points = find_points(fast, search, arguments.drops, margin_of(arguments.model), path, arguments.threads)
 
     def call_of(policy: ExitConfig, _: str) -> Callable[[Any], Any]:
         return partial(answer, partial(fast.predict_adaptive, exit_config=policy))

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from adaptive import load_splits
-from deploy import OPENVINO, ORT, PRECISIONS, PYTORCH, answers_by, deployed, kept_table, load_engine
+from deploy import OPENVINO, ORT, PRECISIONS, PYTORCH, answers_by, deployed, kept_table, load_engine, margin_of
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TimmWrapperForImageClassification, default_data_collator
@@ -68,12 +68,13 @@ def plain_right(folder: Path, splits: dict[str, Any], scratch: Path) -> dict[str
     return known
 
 
-def find_policy(engine: Any, search: Any, least: float, batch_size: int) -> ExitConfig:
+def find_policy(engine: Any, search: Any, least: float, batch_size: int, margin: float) -> ExitConfig:
     """Return the fastest policy at an accuracy, or with all exits off where none reaches it."""
     points = []
+    target = {"min_accuracy": least, "accuracy_margin": margin}
     for fallback in ("ensemble", "deepest"):
         try:
-            points.append(calibrate(engine, search, min_accuracy=least, batch_size=batch_size, fallback=fallback))
+            points.append(calibrate(engine, search, batch_size=batch_size, fallback=fallback, **target))
         except ValueError as error:  # nothing reaches it
             print(error)
     off = ExitConfig(thresholds=[None] * (engine.num_exits - 1), fallback="deepest")
@@ -212,7 +213,8 @@ def measured_row(
     """Return the policy of an engine for a batch size, and its accuracies on the test split."""
     own = {split: float((table.deepest == table.labels).mean()) for split, table in tables.items()}
     goal = own if twin is None else twin
-    policy = find_policy(engine, tables["search"], goal["search"] - arguments.drop / 100, batch_size)
+    margin = margin_of(arguments.model)
+    policy = find_policy(engine, tables["search"], goal["search"] - arguments.drop / 100, batch_size, margin)
     test = tables["test"]
     right = test.logits.argmax(-1) == test.labels[:, None]
     return {

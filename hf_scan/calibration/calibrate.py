@@ -18,7 +18,7 @@ from .exit_table import ExitTable, collect_exit_logits
 from .frontier import as_thresholds
 from .genetic import genetic_search
 from .monitor import count_answers
-from .request import check_roles, check_target
+from .request import ACCURACY_TARGETS, check_roles, check_target
 from .splits import check_apart, check_not_among, check_usable, deduplicated, saturated
 from .target import policies_on_target
 
@@ -43,6 +43,7 @@ def calibrate(
     latency: Literal["mean", "p95"] = "mean",
     max_macs: float | None = None,
     speedup: float | None = None,
+    accuracy_margin: float | None = None,
     guarantee: RiskBound | None = None,
     certify_dataset: Any = None,
     batch_size: int = 1,
@@ -80,6 +81,10 @@ def calibrate(
             or `"p95"`, the 95th percentile.
         max_macs (`float`, *optional*): Largest mean number of MACs for an image, e.g. 20e6.
         speedup (`float`, *optional*): Smallest speed-up over the plain backbone, e.g. 1.5.
+        accuracy_margin (`float`, *optional*): The least points to keep above the target for the accuracy on this
+            split. Cross-fitting keeps as many as the choice of thresholds needs. Where the split has chosen the exits
+            too, [`search_exits`] says how many both choices need. Defaults to the margin of the model's present
+            thresholds, if they were found on the same images.
         guarantee ([`RiskBound`], *optional*): A bound to certify on images that did not choose the thresholds. Of the
             thresholds that meet the target, the cheapest that pass are returned; with a target for the cost, the most
             accurate. It may be given without a target.
@@ -124,7 +129,7 @@ def calibrate(
         "speedup": speedup,
     }
     target = {name: value for name, value in targets.items() if value is not None}
-    check_target(target, latency, batch_size, guarantee, certify_dataset, search_kwargs)
+    check_target(target, latency, batch_size, accuracy_margin, guarantee, certify_dataset, search_kwargs)
     rule = ExitConfig(fallback=fallback, criterion=criterion, temperatures=temperatures)
     rule = for_problem(rule, model.config.problem_type)
     rule.replace(thresholds=[0.0] * model.num_exits).resolve(model.num_exits)  # as many temperatures as exits
@@ -140,12 +145,24 @@ def calibrate(
         found = {"method": "exact frontier", **{name: float(value) for name, value in target.items()}}
         if "max_latency_ms" in target:
             found["latency"] = latency
-        policies = policies_on_target(tables[0], rule, cost_model, target, latency, guarantee).thresholds
+        if accuracy_margin is None:
+            accuracy_margin = _known_margin(model.exit_config, tables[0])
+        if accuracy_margin and guarantee is None and set(target) & set(ACCURACY_TARGETS):
+            found["accuracy_margin"] = float(accuracy_margin)
+        policies = policies_on_target(
+            tables[0], rule, cost_model, target, latency, accuracy_margin, guarantee
+        ).thresholds
         if guarantee is not None:
             certificate = _certified_on(tables, rule, policies, guarantee, halved=certify_dataset is None)
         thresholds = as_thresholds(policies[0 if certificate is None else certificate.policy])
     known = {name: getattr(model.exit_config, name) for name in ("trained_on", "costs")}
     return _result(tables, rule.replace(thresholds=thresholds, **known), found, cost_model, certificate)
+
+
+def _known_margin(config: ExitConfig, table: ExitTable) -> float:
+    """Return the margin of earlier thresholds on the same images, which have chosen the exits then."""
+    search = config.search or {}
+    return float(search.get("accuracy_margin", 0.0)) if search.get("fingerprint") == table.fingerprint else 0.0
 
 
 def _tables_of(

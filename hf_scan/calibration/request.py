@@ -33,6 +33,7 @@ def check_target(
     target: dict[str, float],
     latency: str,
     batch_size: int,
+    accuracy_margin: float | None,
     guarantee: RiskBound | None,
     certify_dataset: Any,
     search_kwargs: dict[str, Any],
@@ -50,6 +51,15 @@ def check_target(
     if unknown := sorted(set(search_kwargs) - set(inspect.signature(genetic_search).parameters)):
         raise TypeError(
             f"`calibrate` has no arguments {unknown}; expected one of its targets, or arguments of `genetic_search`."
+        )
+    if accuracy_margin is not None and not 0 <= accuracy_margin <= 100:
+        raise ValueError(
+            f"`accuracy_margin` is {accuracy_margin}; expected points of accuracy from 0 to 100, such as 0.5."
+        )
+    if accuracy_margin and (guarantee is not None or not set(target) & set(ACCURACY_TARGETS)):
+        raise ValueError(
+            f"`accuracy_margin` is {accuracy_margin:g}; it belongs to one of {list(ACCURACY_TARGETS)} without a "
+            "`guarantee`, which is certified on images that chose nothing. Leave it out."
         )
     if certify_dataset is not None and guarantee is None:
         raise ValueError(

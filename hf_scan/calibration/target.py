@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_scan authors. Licensed under the Apache License, Version 2.0.
 """Find the policies of a frontier that meet the target of [`calibrate`]."""
 
+from typing import Any
+
 import numpy as np
 
 from ..costs.cost_model import CostModel
@@ -16,7 +18,8 @@ from .request import ACCURACY_TARGETS
 TIE = 1e-6
 # Policies of a frontier that are looked at one by one.
 MOST_POLICIES = 200
-POLICIES_OF_A_FOLD = 200_000
+# How thresholds are searched for a target of accuracy.
+COARSE: dict[str, Any] = {"max_policies": 200_000, "polish": False}
 
 
 def policies_on_target(
@@ -25,6 +28,7 @@ def policies_on_target(
     cost_model: CostModel,
     target: dict[str, float],
     latency: str,
+    accuracy_margin: float,
     guarantee: RiskBound | None,
 ) -> Frontier:
     """
@@ -39,14 +43,16 @@ def policies_on_target(
     if name == "max_latency_ms" and latency == "p95":
         frontier, fits, best = _mostly_within(table, rule, cost_model, value, truth)
     else:
-        frontier = exit_frontier(table, rule, cost_model.cumulative, truth)
+        # What cross-fitting judges has to be chosen as it was there: finer thresholds are more optimistic.
+        searched = COARSE if name in ACCURACY_TARGETS and guarantee is None else {}
+        frontier = exit_frontier(table, rule, cost_model.cumulative, truth, **searched)
         if cost_model.images > 1:
             frontier = _in_shrinking_batches(table, rule, cost_model, frontier)
         if name in ACCURACY_TARGETS:
             if disagreement:  # the frontier is then of agreement
                 frontier = _thinned(frontier)
             least_accuracy = _least_accuracy(table, target)
-            fits, best = _accurate(table, rule, cost_model, frontier, least_accuracy, guarantee)
+            fits, best = _accurate(table, rule, cost_model, frontier, least_accuracy, accuracy_margin, guarantee)
         elif name:
             fits, best = _cheap(cost_model, frontier, cost_model.plain_image / value if name == "speedup" else value)
         else:
@@ -74,6 +80,7 @@ def _accurate(
     cost_model: CostModel,
     frontier: Frontier,
     least_accuracy: float,
+    accuracy_margin: float,
     guarantee: RiskBound | None,
 ) -> tuple[np.ndarray, str]:
     """Return which policies are accurate enough, and what is achievable, in words."""
@@ -84,7 +91,9 @@ def _accurate(
     highest = accuracy.max()
     fits = accuracy >= least_accuracy - 1e-12
     if guarantee is None and fits.any():
-        required = _required_accuracy(table, rule, cost_model, least_accuracy)
+        required = max(
+            _required_accuracy(table, rule, cost_model, least_accuracy), least_accuracy + accuracy_margin / 100
+        )
         fits = accuracy >= min(required, highest) - 1e-12
     drop = 100 * (table.baseline_accuracy - highest)
     return fits, f"the highest accuracy is {highest:.2%}, {drop:+.2f} points of drop"
@@ -143,7 +152,7 @@ def _required_accuracy(table: ExitTable, rule: ExitConfig, cost_model: CostModel
 
     def frontier_of(rows: np.ndarray) -> Frontier:
         part = table.select(rows)
-        return exit_frontier(part, rule, cost_model.cumulative, max_policies=POLICIES_OF_A_FOLD, polish=False)
+        return exit_frontier(part, rule, cost_model.cumulative, **COARSE)
 
     def accuracies_of(policies: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return _accuracies(table.select(rows), rule, policies)

@@ -358,7 +358,7 @@ class _Run:
         arguments = self.arguments
         self.steps.number += 1
         self.steps.announce("Find thresholds, test and write")
-        self.find_thresholds(model)
+        self.find_thresholds(model, search.accuracy_margin)
         scores = score(model, collect_exit_logits(model, self.images("test"), "test"))
         plain_accuracy = scores["accuracy"]
         if self.plain_search is not None:
@@ -386,8 +386,11 @@ class _Run:
         self.write(model, engine, search, report, result)
         return result
 
-    def find_thresholds(self, model: ScanForImageClassification) -> None:
-        """Find thresholds for the target, and certify them if asked."""
+    def find_thresholds(self, model: ScanForImageClassification, accuracy_margin: float) -> None:
+        """
+        Find thresholds for the target, and certify them if asked. The images that find them have chosen the exits, so
+        that they need a larger margin; those that certify have chosen nothing.
+        """
         arguments = self.arguments
         table = collect_exit_logits(model, self.images("search"))
         target: dict[str, Any] = {"max_accuracy_drop": arguments.max_accuracy_drop}
@@ -402,7 +405,14 @@ class _Run:
         for fallback in fallbacks:
             try:
                 found.append(
-                    calibrate(model, table, batch_size=arguments.serve_batch_size, fallback=fallback, **target)
+                    calibrate(
+                        model,
+                        table,
+                        batch_size=arguments.serve_batch_size,
+                        fallback=fallback,
+                        accuracy_margin=accuracy_margin,
+                        **target,
+                    )
                 )
             except ValueError:
                 if fallback is fallbacks[-1] and not found:

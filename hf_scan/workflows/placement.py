@@ -2,7 +2,7 @@
 """Which of many candidate exits to keep: the frontier over subsets, thresholds included, chosen by cross-fitting."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +105,8 @@ class Placement:
         fitted_drop (`float`): Points lost against the plain network, by cross-fitting: the whole choice, of exits and
             thresholds, is made on four fifths of the samples and judged on the others, in turn.
         fitted_cost (`float`): The cost, in the same way.
+        accuracy_margin (`float`): Points above the target for the accuracy that were kept on these samples, so that
+            others reach the target in expectation.
         alone (`list[float]`): Of each candidate, the cost with no other exit beside it, at the same target.
         oracle_cost (`float`): The least cost of the accuracy that was asked for, if one knew which answers are right.
     """
@@ -115,6 +117,7 @@ class Placement:
     cost: float
     fitted_drop: float
     fitted_cost: float
+    accuracy_margin: float
     alone: list[float]
     oracle_cost: float
 
@@ -132,17 +135,24 @@ def place_exits(problem: Problem, max_exits: int, max_accuracy_drop: float) -> P
         [`Placement`]: without exits where none pays.
     """
     least = float(problem.baseline.mean()) - max_accuracy_drop / 100
+    frontiers: dict[bytes, Frontier] = {}  # of the folds, which are asked for twice
+
+    def frontier_of(rows: np.ndarray) -> Frontier:
+        if (key := rows.tobytes()) not in frontiers:
+            frontiers[key] = placement_frontier(problem.select(rows), max_exits)
+        return frontiers[key]
+
     asked = least_accuracy_to_ask(
         least,
         problem.baseline,
-        lambda rows: placement_frontier(problem.select(rows), max_exits),
+        frontier_of,
         lambda policies, rows: problem.select(rows).evaluate(policies)[0],
     )
     frontier = placement_frontier(problem, max_exits)
     policy = frontier.thresholds[_cheapest(frontier, asked)]
     accuracy, cost = problem.evaluate(policy[None])
     exits = np.flatnonzero(~np.isnan(policy[:-1])).tolist()
-    drop, fitted_cost = _cross_fitted(problem, max_exits, asked - float(problem.baseline.mean()))
+    drop, fitted_cost = _cross_fitted(problem, frontier_of, asked - float(problem.baseline.mean()))
     alone = []
     for candidate in range(problem.candidates):
         single = _subset_frontier(problem, (candidate,))
@@ -155,6 +165,7 @@ def place_exits(problem: Problem, max_exits: int, max_accuracy_drop: float) -> P
         cost=float(cost[0]),
         fitted_drop=100 * drop,
         fitted_cost=fitted_cost,
+        accuracy_margin=100 * max(asked - least, 0.0),
         alone=alone,
         oracle_cost=oracle_policy(problem.correct[:, columns], problem.cumulative(exits), asked)[1],
     )
@@ -219,15 +230,17 @@ def _cheapest(frontier: Frontier, asked: float) -> int:
     return int(fits[frontier.cost[fits].argmin()])
 
 
-def _cross_fitted(problem: Problem, max_exits: int, demand: float, seed: int = 0) -> tuple[float, float]:
+def _cross_fitted(
+    problem: Problem, frontier_of: Callable[[np.ndarray], Frontier], demand: float, seed: int = 0
+) -> tuple[float, float]:
     """Return what is lost and what is spent by choices on four fifths of the samples, judged on the others."""
     n = len(problem.scores)
     fold = np.random.default_rng(seed).permutation(np.arange(n) % FOLDS)
     lost, spent = 0.0, 0.0
     for judging in range(FOLDS):
-        chooses, judges = problem.select(np.flatnonzero(fold != judging)), problem.select(fold == judging)
-        frontier = placement_frontier(chooses, max_exits)
-        row = _cheapest(frontier, float(chooses.baseline.mean()) + demand)
+        chooses, judges = np.flatnonzero(fold != judging), problem.select(fold == judging)
+        frontier = frontier_of(chooses)
+        row = _cheapest(frontier, float(problem.baseline[chooses].mean()) + demand)
         accuracy, cost = judges.evaluate(frontier.thresholds[row][None])
         lost += float(judges.baseline.mean()) - accuracy[0]
         spent += cost[0]

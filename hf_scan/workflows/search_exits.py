@@ -51,6 +51,8 @@ class ExitSearch:
         speedup (`float`): Expected of the chosen exits on other images, by cross-fitting, with heads trained as long
             as here: what exits bring at least.
         drop (`float`): Points lost against the plain network, in the same way.
+        accuracy_margin (`float`): Points above the target for the accuracy that were kept on the search images, so
+            that others reach it. Hand it on to [`calibrate`] if the same images find the trained network's thresholds.
         oracle (`float`): The most that the chosen exits could bring at that drop, if one knew which answers are right.
         unit (`str`): What costs were counted or measured in.
         verdict ([`~hf_scan.workflows.verdict.Verdict`]): Whether exits pay.
@@ -65,6 +67,7 @@ class ExitSearch:
     deepest: float
     speedup: float
     drop: float
+    accuracy_margin: float
     oracle: float
     unit: str
     verdict: Verdict
@@ -94,7 +97,7 @@ class ExitSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        names = ("rows", "plain", "deepest", "speedup", "drop", "oracle", "unit", "dropped")
+        names = ("rows", "plain", "deepest", "speedup", "drop", "accuracy_margin", "oracle", "unit", "dropped")
         return {
             **{name: getattr(self, name) for name in names},
             "exit_points": self.exit_points,
@@ -279,6 +282,7 @@ def choose_exits(
         deepest=float(accuracies[-1]),
         speedup=1 / placement.fitted_cost,
         drop=placement.fitted_drop,
+        accuracy_margin=placement.accuracy_margin,
         oracle=1 / placement.oracle_cost,
         unit=costs.unit,
         verdict=verdict,

@@ -43,6 +43,26 @@ def test_targets_are_met_on_the_split(network, tables, target, fallback):
         assert theirs < accuracy + 0.003 or spent > cost * 0.997
 
 
+def test_a_margin_is_kept_above_the_target(network, tables):
+    """Where cross-fitting keeps less; what cannot be kept gives the most accurate thresholds."""
+    table = tables[0]
+    own = calibrate(network, table, max_accuracy_drop=3.0)
+    assert calibrate(network, table, max_accuracy_drop=3.0, accuracy_margin=0.001).thresholds == own.thresholds
+    kept = calibrate(network, table, max_accuracy_drop=3.0, accuracy_margin=3.0)
+    assert own.search["accuracy"] < table.baseline_accuracy <= kept.search["accuracy"] + 1e-12
+    assert own.search["cost"] < kept.search["cost"]
+    assert kept.search["accuracy_margin"] == 3.0
+    assert "accuracy_margin" not in own.search
+    # Thresholds that are found anew on the same images keep it, and those on others do not.
+    known = random_scan_model()
+    known.exit_config = kept
+    assert calibrate(known, table, max_accuracy_drop=3.0).search["accuracy_margin"] == 3.0
+    assert "accuracy_margin" not in calibrate(known, tables[1], max_accuracy_drop=3.0).search
+    assert "accuracy_margin" not in calibrate(known, table, speedup=1.2).search
+    most = calibrate(network, table, max_accuracy_drop=0.0, accuracy_margin=50.0)
+    assert most.search["accuracy"] >= kept.search["accuracy"]
+
+
 @pytest.mark.parametrize("latency", ["mean", "p95"])
 def test_a_budget_in_milliseconds(tables, latency):
     network = random_scan_model()
@@ -92,6 +112,9 @@ def test_batches(tables):
         ({"speedup": 2, "max_macs": 1e6}, "pass one of them"),
         ({"max_latency_ms": 1.0, "latency": "p50"}, "expected 'mean' or 'p95'"),
         ({"certify_dataset": []}, "without a `guarantee`"),
+        ({"max_accuracy_drop": 1, "accuracy_margin": -0.1}, "expected points of accuracy from 0 to 100"),
+        ({"speedup": 1.5, "accuracy_margin": 0.5}, "belongs to one of .*'max_accuracy_drop'"),
+        ({"accuracy_margin": 0.5}, "belongs to one of"),
     ],
 )
 def test_infeasible_targets(network, tables, target, message):

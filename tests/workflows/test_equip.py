@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,10 +142,13 @@ def test_it_goes_on_where_it_stopped(photos, weights, tmp_path, capsys, monkeypa
     assert trained == ["train"]
     again = capsys.readouterr().out
     assert again.count("done before") == 2
-    # Another target needs no other search.
+    # Another target needs no other search. The images that find thresholds have chosen the exits: both choices count.
     request.max_accuracy_drop = 25
+    choose = module.choose_exits
+    monkeypatch.setattr(module, "choose_exits", lambda *given: replace(choose(*given), accuracy_margin=2.5))
     module.run_equip(request)
     assert trained == ["train"]
+    assert json.loads((tmp_path / "run" / "exit_config.json").read_text())["search"]["accuracy_margin"] == 2.5
 
 
 def test_weights_of_the_images_classes_are_recognised(photos, tmp_path, capsys, monkeypatch):

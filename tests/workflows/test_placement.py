@@ -79,7 +79,7 @@ def test_a_strong_exit_is_chosen_and_a_dear_one_is_not():
 
 def test_the_estimate_is_of_other_samples():
     """Where scores know nothing, choices look good on the samples that made them only."""
-    drops, own = [], []
+    drops, own, margins = [], [], []
     for seed in range(8):
         rng = np.random.default_rng(seed)
         scores, correct = rng.random((60, 6)), rng.random((60, 6)) < 0.7
@@ -88,8 +88,12 @@ def test_the_estimate_is_of_other_samples():
         placement = place_exits(problem, 3, 0.0)
         drops.append(placement.fitted_drop)
         own.append(100 * (problem.baseline.mean() - placement.accuracy))
+        margins.append(placement.accuracy_margin)
     assert max(own) <= 1e-9
     assert np.mean(drops) > np.mean(own) + 1
+    assert np.mean(margins) > 1
+    sure = problem_of([0.8, 0.9, 0.92], noise=0.0)
+    assert place_exits(sure, 2, 1.0).accuracy_margin < 1
 
 
 def test_what_may_be_lost_counts_against_the_plain_network():
