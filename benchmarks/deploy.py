@@ -335,7 +335,7 @@ def main(arguments: argparse.Namespace) -> None:
         model = ScanForImageClassification.from_pretrained(arguments.model).eval()
         splits, dataset, seed = load_splits(arguments)
         title = arguments.dataset_name or dataset
-        data = {"dataset": Path(title).name if Path(title).is_absolute() else title, "seed": seed}
+        data = {"dataset": Path(title).name if Path(title).exists() else title, "seed": seed}
         data["splits"] = {name: len(rows) for name, rows in splits.items()}
         images = np.stack([np.asarray(splits["test"][index]["pixel_values"]) for index in range(128)])
         calibration = splits["search"]

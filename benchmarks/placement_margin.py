@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from datasets import concatenate_datasets
+from readme_results import margin_table
 from tqdm import tqdm
 
 from hf_scan import ExitConfig, ScanForImageClassification, calibrate
@@ -152,19 +153,6 @@ def compare(choosing: Choosing, answers: Answers, count: int, repeats: int) -> l
     return rows
 
 
-def table_of(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table."""
-    lines = [
-        "| run | choosing images | cross-fitting | points lost on others | spread | cost |",
-        "|---|---:|---|---:|---:|---:|",
-    ]
-    for run, result in results.items():
-        for row in result["rows"]:
-            figures = f"{row['lost']:.2f} | {row['spread']:.2f} | {row['cost']:.3f}"
-            lines.append(f"| {run} | {row['images']} | {row['cross_fitting']} | {figures} |")
-    return "\n".join(lines)
-
-
 def main(arguments: argparse.Namespace) -> None:
     facts = json.loads((arguments.equip / "metrics.json").read_text(encoding="utf-8"))
     choosing = Choosing(arguments.equip, arguments.max_exits, arguments.drop)
@@ -189,7 +177,7 @@ def main(arguments: argparse.Namespace) -> None:
     known[arguments.name or arguments.equip.name] = result
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    print(table_of(known))
+    print(margin_table(known))
 
 
 if __name__ == "__main__":

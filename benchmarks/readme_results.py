@@ -4,9 +4,10 @@
     python benchmarks/readme_results.py --check   # fail if one is not what the files say
     python benchmarks/readme_results.py --equip runs/trashnet_equip runs/trashnet_equip_finetuned   # take these in
 
-The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone, and of `equip.json`, which
-holds what `hf-scan equip` wrote into folders that `--equip` names. The picture is an SVG written without a library, so
-that the same results give the same bytes, in colours that are readable on white and on black.
+The rows are those of `networks.json`, in the README of single images in ONNX Runtime alone; those of `equip.json`,
+which holds what `hf-scan equip` wrote into folders that `--equip` names; and those of `placement_margin.json`. The
+picture is an SVG written without a library, so that the same results give the same bytes, in colours that are
+readable on white and on black.
 """
 
 import argparse
@@ -25,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "results.svg"
 START, END = "<!-- results: written by benchmarks/readme_results.py -->", "<!-- end of results -->"
+MARGIN_START, MARGIN_END = "<!-- margin: written by benchmarks/readme_results.py -->", "<!-- end of margin -->"
 EQUIP_START, EQUIP_END = "<!-- equip: written by benchmarks/readme_results.py -->", "<!-- end of equip -->"
 
 # Readable on white and on black, and told apart by colour-blind readers.
@@ -135,6 +137,19 @@ def equip_tables(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def margin_table(results: Mapping[str, Any]) -> str:
+    """What `placement_margin.py` found: one row for each network and way of choosing."""
+    lines = [
+        "| network | images that choose | cross-fitting of | points lost on others | spread | cost |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for network, result in results.items():
+        for row in result["rows"]:
+            figures = f"{row['lost']:.2f} | {row['spread']:.2f} | {row['cost']:.3f}"
+            lines.append(f"| {network} | {row['images']} | {row['cross_fitting']} | {figures} |")
+    return "\n".join(lines)
+
+
 def take_in(folders: Sequence[Path]) -> None:
     """Keep what runs of `hf-scan equip` measured, without the folders of a machine."""
     runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
@@ -154,7 +169,9 @@ def expected(text: str, written: str, start: str = START, end: str = END) -> str
 def expected_files() -> dict[Path, str]:
     """Return the text that each file should have."""
     equipped = equip_tables(json.loads((RESULTS / "equip.json").read_text(encoding="utf-8")))
+    margins = margin_table(json.loads((RESULTS / "placement_margin.json").read_text(encoding="utf-8")))
     page = expected(PAGE.read_text(encoding="utf-8"), table(page_rows()))
+    page = expected(page, margins, MARGIN_START, MARGIN_END)
     return {
         README: expected(README.read_text(encoding="utf-8"), table(load_rows())),
         PAGE: expected(page, equipped, EQUIP_START, EQUIP_END),

@@ -206,7 +206,7 @@ class _Run:
             return {"held_out_accuracy": accuracy}
 
         fit = f"Fit a classifier for {self.plain.num_labels} classes, which the weights do not know"
-        self.steps.run("plain", fit if self.new_classes else "Take the network as it is", settings, work)
+        self.steps.run("plain", fit if self.new_classes else "Take the network as it is", settings, work, file)
         _load_step(self.plain.backbone, file)
 
     def wide_network(self) -> ScanForImageClassification:
@@ -242,7 +242,7 @@ class _Run:
 
         candidates, count = len(wide.exit_heads), len(self.splits["train"])
         what = f"Place exits: {candidates} candidates, {arguments.search_epochs:g} epochs of {count:,} images"
-        found = self.steps.run("search", what, settings, work)
+        found = self.steps.run("search", what, settings, work, folder / "model")
         self.costs = PartCosts.from_dict(found["costs"])
         return self.choose(folder)
 
@@ -285,7 +285,7 @@ class _Run:
             return {}
 
         what = f"Train the heads at {', '.join(search.exit_points)}, {arguments.epochs:g} epochs"
-        self.steps.run("train", what, settings, work)
+        self.steps.run("train", what, settings, work, folder / "model")
         return ScanForImageClassification.from_pretrained(folder / "model").eval()
 
     def train_jointly(self, search: ExitSearch) -> ExitSearch:
@@ -312,7 +312,7 @@ class _Run:
             return {}
 
         what = f"Train the network with {len(search.model.exit_heads)} exits, {arguments.epochs:g} epochs"
-        self.steps.run("joint", what, settings, work)
+        self.steps.run("joint", what, settings, work, folder / "model")
         self.plain_search = search.table
         return self.choose(folder, search.table)
 
@@ -349,7 +349,7 @@ class _Run:
 
         what = "Export to ONNX and measure what exits cost there" if onnx else "Measure what exits cost"
         settings = {"fingerprint": model.fingerprint(), "serve_batch_size": arguments.serve_batch_size}
-        costs = self.steps.run("costs", what, settings, work)["costs"]
+        costs = self.steps.run("costs", what, settings, work, folder if onnx else None)["costs"]
         model.exit_config = model.exit_config.replace(costs=MeasuredCosts.from_dict(costs))
         return load() if onnx else engine
 

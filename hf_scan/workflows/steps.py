@@ -50,7 +50,12 @@ class Steps:
         self.left = left
 
     def run(
-        self, name: str, title: str, settings: dict[str, Any], work: Callable[[], dict[str, Any]]
+        self,
+        name: str,
+        title: str,
+        settings: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        made: Path | None = None,
     ) -> dict[str, Any]:
         """
         Do a step, unless it has been done.
@@ -60,6 +65,7 @@ class Steps:
             title (`str`): What it does, for people.
             settings (`dict[str, Any]`): What its result depends on, besides the settings of the steps before.
             work (`Callable`): Does it, and returns a result for JSON.
+            made (`Path`, *optional*): What it leaves for the steps behind it, without which it is done again.
 
         Returns:
             `dict[str, Any]`: the result, of now or of before.
@@ -68,7 +74,7 @@ class Steps:
         self.settings = json.loads(json.dumps({**self.settings, name: settings}))
         file = self.folder / f"{name}.json"
         record = _read(file)
-        if record.get("settings") == self.settings and "result" in record:
+        if record.get("settings") == self.settings and "result" in record and (made is None or made.exists()):
             print(f"[{self.number}/{self.count}] {title}: done before", flush=True)
             self.seconds[name] = record["seconds"]
             if self.left is not None:

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from hf_scan import ExitConfig, apply_exit_rule, calibrate
+from hf_scan.calibration import target as target_module
+from hf_scan.calibration.cross_fitting import FOLDS
 from hf_scan.costs import MeasuredCosts, count_macs
 
 from ..conftest import random_scan_model
@@ -41,6 +43,20 @@ def test_targets_are_met_on_the_split(network, tables, target, fallback):
         left_at = apply_exit_rule(torch.from_numpy(tables[0].logits).unbind(1), other.replace(fallback="ensemble"))
         spent = np.array(macs.cumulative(other))[left_at.exit_index.numpy()].mean()
         assert theirs < accuracy + 0.003 or spent > cost * 0.997
+
+
+def test_thresholds_are_chosen_as_cross_fitting_has_judged_them(network, tables, monkeypatch):
+    """On a grid as fine as that of the folds: a finer one fits the images that choose more closely than others."""
+    frontier, asked = target_module.exit_frontier, []
+
+    def recorded(*given, **settings):
+        asked.append(settings)
+        return frontier(*given, **settings)
+
+    monkeypatch.setattr(target_module, "exit_frontier", recorded)
+    calibrate(network, tables[0], max_accuracy_drop=1.0)
+    assert len(asked) == 1 + FOLDS
+    assert all(settings == asked[0] for settings in asked)
 
 
 def test_a_margin_is_kept_above_the_target(network, tables):

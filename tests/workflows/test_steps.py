@@ -53,3 +53,19 @@ def test_a_damaged_record_is_none(tmp_path):
     calls = []
     run_all(tmp_path, calls)
     assert calls[0] == "second"
+
+
+def test_a_step_whose_work_is_gone_is_done_again(tmp_path):
+    made, calls = tmp_path / "made.txt", []
+
+    def work():
+        calls.append(made.write_text("here"))
+        return {}
+
+    for _ in range(2):
+        Steps(tmp_path, 1).run("first", "First", {}, work, made)
+    assert len(calls) == 1
+    made.unlink()
+    Steps(tmp_path, 1).run("first", "First", {}, work, made)
+    assert len(calls) == 2
+    assert made.exists()
