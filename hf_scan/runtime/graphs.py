@@ -91,9 +91,10 @@ def enter_blocked_layout_once(stage: onnx.ModelProto) -> None:
     """
     for value in stage.graph.input:
         readers = [node for node in stage.graph.node if value.name in node.input and node.op_type != "Shape"]
-        if not {"Add", "Conv"} <= {node.op_type for node in readers}:
+        shape = value.type.tensor_type.shape.dim
+        if not {"Add", "Conv"} <= {node.op_type for node in readers} or len(shape) != 4:
             continue
-        if value.type.tensor_type.shape.dim[1].dim_value % BLOCK == 0:
+        if shape[1].dim_value % BLOCK == 0:
             blocked = f"{value.name}_blocked"
             _rename(readers, value.name, blocked)
             stage.graph.node.insert(0, helper.make_node("MaxPool", [value.name], [blocked], kernel_shape=[1, 1]))
@@ -136,12 +137,12 @@ def hand_on_channels_last(stage: onnx.ModelProto, maps: Collection[str]) -> None
     graph = stage.graph
     for values, to_last in ((graph.input, False), (graph.output, True)):
         for value in values:
-            if value.name not in maps:
+            shape = value.type.tensor_type.shape
+            if value.name not in maps or len(shape.dim) != 4:
                 continue
             first = f"{value.name}_channels_first"
             _rename(graph.node, value.name, first)
-            sizes = [value.type.tensor_type.shape.dim[axis] for axis in CHANNELS_LAST]
-            value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=sizes))
+            shape.CopyFrom(onnx.TensorShapeProto(dim=[shape.dim[axis] for axis in CHANNELS_LAST]))
             if to_last:
                 graph.node.append(helper.make_node("Transpose", [first], [value.name], perm=CHANNELS_LAST))
             else:
