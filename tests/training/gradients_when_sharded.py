@@ -24,6 +24,7 @@ def main() -> None:
     sharded.train()
     sharded(images[own], labels=labels[own]).loss.backward()
     print("the same gradients, and a step in training mode")
+    distributed.barrier()  # else the first to end may abort while the other still talks to it
     distributed.destroy_process_group()
 
 
