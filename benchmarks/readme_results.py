@@ -153,8 +153,10 @@ def margin_table(results: Mapping[str, Any]) -> str:
 def take_in(folders: Sequence[Path]) -> None:
     """Keep what runs of `hf-scan equip` measured, without the folders of a machine."""
     runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
+    names = ("dataset", "splits", "seed", "machine", "recipe", "rows", "speedup")
     kept = [
-        {name: run[name] for name in ("dataset", "splits", "seed", "machine", "recipe", "rows", "speedup")}
+        {name: run[name] for name in names}
+        | {"heads": {row["name"]: row["head"] for row in run["placement"]["rows"] if row["chosen"]}}
         for run in runs
     ]
     (RESULTS / "equip.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
